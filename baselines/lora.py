@@ -1,0 +1,82 @@
+"""
+LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., ICLR 2022), arXiv 2106.09685
+Official code: https://github.com/microsoft/LoRA
+
+Each target weight stays frozen and gets a trainable update of rank r: r (in + out) parameters
+instead of in * out.
+
+    W' = W + (alpha / r) B A
+
+Notation (paper -> here):  A -> lora_A (r, in);  B -> lora_B (out, r);  α -> alpha, 2r by default
+
+Differs from the paper: A is U(-1/√in, 1/√in) at first, as in the official code; not Gaussian.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+DEFAULTS = {}
+
+
+class LoRALinear(nn.Module):
+    """y = x Wᵀ + bias + (alpha / rank) dropout(x) Aᵀ Bᵀ, for x (..., in) -> (..., out)."""
+
+    def __init__(self, base, rank, alpha, dropout):
+        super().__init__()
+        self.base, self.scaling, self.dropout = base, alpha / rank, nn.Dropout(dropout)
+        (o, i), W = base.weight.shape, base.weight
+        new = dict(device=W.device, dtype=torch.promote_types(W.dtype, torch.float32))
+        self.lora_A = nn.Parameter(torch.empty(rank, i, **new))
+        self.lora_B = nn.Parameter(torch.zeros(o, rank, **new))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        h = F.linear(self.dropout(x), A)                        # (..., r)
+        return self.base(x) + F.linear(self.scaling * h, B)     # scaled where it is narrow
+
+    def delta(self):
+        return self.scaling * self.lora_B @ self.lora_A         # (out, in)
+
+
+def find(model, targets):
+    """{name: nn.Linear} whose leaf name or dotted suffix is in targets; none may hit nothing."""
+    if not targets:
+        raise ValueError("no targets")
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    hits = {t: [name for name in linears if f".{name}".endswith(f".{t}")] for t in targets}
+    for target, names in hits.items():
+        if not names:
+            raise ValueError(f"target {target!r} matches no nn.Linear of the model")
+    hit = set().union(*hits.values())
+    return {name: m for name, m in linears.items() if name in hit}
+
+
+def inject(model, targets, rank, alpha=None, dropout=0.0):
+    """Freeze the model, wrap its targets in place. ValueError unless 1 <= rank <= min(in, out)."""
+    model.requires_grad_(False)
+    alpha = 2 * rank if alpha is None else alpha
+    for name, base in find(model, targets).items():
+        if not 1 <= rank <= min(base.weight.shape):
+            raise ValueError(f"rank {rank} for {name}, expected 1 to {min(base.weight.shape)}")
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, LoRALinear(base, rank, alpha, dropout))
+
+
+@torch.no_grad()
+def merge(model):
+    """Add every update to its weight, rounded once, and put the plain nn.Linear back."""
+    for name, layer in list(model.named_modules()):
+        if hasattr(layer, "delta"):
+            W, delta = layer.base.weight, layer.delta()         # delta is fp32 or wider
+            W.copy_(W.to(delta.dtype) + delta)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.base)
+
+
+def factors(model):
+    """{name: (A (r, in), B (out, r))} with ΔW = B A, the scaling inside B."""
+    return {name: (layer.lora_A.detach(), layer.scaling * layer.lora_B.detach())
+            for name, layer in model.named_modules() if hasattr(layer, "delta")}

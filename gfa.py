@@ -1,0 +1,174 @@
+"""
+GFA: Global Factorized Adaptation: Parameter-Efficient Fine-Tuning via Cross-Module Low-Rank
+Sharing (anonymous authors, ICML submission). Official code: none.
+
+LoRA gives each of N modules a pair of factors of its own. GFA strings the updates of all modules
+into one long vector, folds it into one near-square matrix M and factorizes that: about 2 r √d
+parameters; for equal square modules √N times fewer than LoRA's r Σ (p + q) (Eq. 1). The price: a
+slice of M is as large as its weight, and its gradient costs what full fine-tuning's would.
+
+    W_i' = W_i + s · reshape(vec(B A)[c_{i-1} : c_i], p_i, q_i),    s = 1
+
+Notation (paper -> here):
+    p_i, q_i   p, q     output and input features of module i
+    c_{i-1}    start    where module i begins in the vector of length d = Σ p_i q_i
+    B          lora_B   (m, r), zero at first           m = ⌈d / k⌉
+    A          lora_A   (r, k), N(0, σ²) at first       k = ⌊√d⌋
+    M          B A      (m, k), never formed as a whole (Alg. 1)
+
+Differs from the paper: a bf16 base gets two products, x Wᵀ + x Δᵀ, since W + Δ would round Δ away.
+Left open by the paper: vec is row-major over (out, in), modules come in named_modules order.
+    σ = 0.02: the first Adam step is then about LoRA's with α = 2r at widths of 2,000 to 3,300.
+    match_lora (ours) states a budget: the largest r with r (m + k) <= match_lora · Σ (p + q), where
+    Σ (p + q) is LoRA at rank 1. 8 is LoRA's budget at rank 8; 0.3 is the paper's "r = 1/2" anchor,
+    "roughly 0.3x" in its words. Local rank is not always high: where k is a multiple c q of a row
+    length (k = 8 q for q,v of LLaMA2-7B), a row of M is c rows of the module, and rank(Δ) <= c r.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+DEFAULTS = {"sigma": (0.02, "standard deviation σ of A's initial entries"),
+            "match_lora": (0.0, "if > 0, replaces --rank by a budget: this multiple of LoRA r = 1")}
+
+
+def fold(d):
+    """(m, k) of the near-square matrix of d entries and at most k - 1 of padding (Step 2)."""
+    k = math.isqrt(d)
+    return -(-d // k), k
+
+
+def rank_within(budget, d, lora_1):
+    """The largest r with r (m + k) <= budget * lora_1, where lora_1 = Σ (p + q)."""
+    if (rank := math.floor(budget * lora_1 / sum(fold(d)))) < 1:
+        raise ValueError(f"match_lora {budget:g} allows {budget * lora_1:.0f} parameters, "
+                         f"rank 1 has {sum(fold(d))}")
+    return rank
+
+
+def cut(rows, offset, shape):
+    """The entries of row-major `rows` from `offset` on, as a matrix of `shape`: a view (Step 4)."""
+    return rows.flatten()[offset:offset + math.prod(shape)].view(shape)
+
+
+class Product(torch.autograd.Function):
+    """
+    x (..., q) -> x (W + Δ)ᵀ (..., p). Δ is cut from B A, the rows of M that this module meets.
+    Backward forms Δ anew: autograd keeps x, W, B (rows, r) and A (r, k), never Δ.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, B, A, offset):
+        ctx.save_for_backward(x, W, B, A)
+        ctx.offset = offset
+        delta = cut(B @ A, offset, W.shape)                             # Alg. 1, line 3
+        if W.dtype == delta.dtype:
+            return F.linear(x, W + delta)                               # Alg. 1, line 4
+        return F.linear(x, W) + F.linear(x, delta.to(x.dtype))          # bf16 W + Δ would lose Δ
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, W, B, A = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            delta = cut(B @ A, ctx.offset, W.shape)
+            fused = W.dtype == delta.dtype
+            dx = dy @ (W + delta) if fused else dy @ W + dy @ delta.to(dy.dtype)
+        dM = A.new_zeros(len(B), A.shape[1])                    # stays 0 outside this module
+        dW = dy.reshape(-1, len(W)).T @ x.reshape(-1, W.shape[1])       # (p, q), the gradient of Δ
+        cut(dM, ctx.offset, W.shape).copy_(dW)
+        return dx, None, dM @ A.T, B.T @ dM, None
+
+
+class GlobalFactors(nn.Module):
+    """The one pair that all modules share. The padding at M's end is in no module's slice."""
+
+    def __init__(self, d, rank, sigma, **new):
+        super().__init__()
+        m, k = fold(d)
+        if not 1 <= rank <= min(m, k):
+            raise ValueError(f"rank {rank} for a global matrix of {m} x {k}, expected 1 to {k}")
+        self.lora_B = nn.Parameter(torch.zeros(m, rank, **new))         # Step 3
+        self.lora_A = nn.Parameter(torch.empty(rank, k, **new).normal_(0, sigma))
+
+    def forward(self, x):
+        return x        # an nn.Sequential that was injected calls all of its children
+
+
+class GFALinear(nn.Module):
+    """y = x (W + Δ)ᵀ + bias, where Δ (p, q) are the p q entries of M from `start` on."""
+
+    def __init__(self, base, shared, start):
+        super().__init__()
+        self.base = base
+        object.__setattr__(self, "shared", shared)          # unregistered: model.adapter owns it
+        k = shared.lora_A.shape[1]
+        self.first, self.offset = divmod(start, k)          # row and column of M where Δ begins
+        self.last = -(-(start + base.weight.numel()) // k)  # the row after Δ's last
+
+    def rows(self):
+        return self.shared.lora_B[self.first:self.last], self.shared.lora_A
+
+    def forward(self, x):
+        y = Product.apply(x, self.base.weight, *self.rows(), self.offset)
+        return y if self.base.bias is None else y + self.base.bias
+
+    def delta(self):
+        B, A = self.rows()
+        return cut(B @ A, self.offset, self.base.weight.shape)          # (p, q)
+
+
+def find(model, targets):
+    """{name: nn.Linear} whose leaf name or dotted suffix is in targets; none may hit nothing."""
+    if not targets:
+        raise ValueError("no targets")
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    hits = {t: [name for name in linears if f".{name}".endswith(f".{t}")] for t in targets}
+    for target, names in hits.items():
+        if not names:
+            raise ValueError(f"target {target!r} matches no nn.Linear of the model")
+    hit = set().union(*hits.values())
+    return {name: m for name, m in linears.items() if name in hit}
+
+
+def inject(model, targets, rank, alpha=None, dropout=0.0, *, sigma=0.02, match_lora=0.0):
+    """
+    Freeze the model, wrap its targets in place, register their factors as model.adapter.
+    ValueError for an alpha or a dropout, a rank outside 1..k, a budget below rank 1, a bad target.
+    """
+    if alpha is not None or dropout:
+        raise ValueError("GFA has no alpha (s = 1, Step 4) and no dropout (x meets W + Δ at once)")
+    model.requires_grad_(False)
+    found = find(model, targets)
+    W = next(iter(found.values())).weight
+    d = sum(base.weight.numel() for base in found.values())
+    if match_lora:
+        rank = rank_within(match_lora, d, sum(sum(base.weight.shape) for base in found.values()))
+    new = dict(device=W.device, dtype=torch.promote_types(W.dtype, torch.float32))
+    shared, start = GlobalFactors(d, rank, sigma, **new), 0
+    for name, base in found.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, GFALinear(base, shared, start))
+        start += base.weight.numel()                                    # c_i
+    model.adapter = shared
+
+
+@torch.no_grad()
+def merge(model):
+    """Add every update to its weight, rounded once, and put the plain nn.Linear back."""
+    for name, layer in list(model.named_modules()):
+        if hasattr(layer, "delta"):
+            W, delta = layer.base.weight, layer.delta()         # delta is fp32 or wider
+            W.copy_(W.to(delta.dtype) + delta)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.base)
+    del model.adapter
+
+
+def factors(model):
+    """Always raises: entries of a rank-r M, folded anew to (p, q), may have full rank (§2)."""
+    raise NotImplementedError("a GFA update folds entries of M anew: its rank may exceed r")

@@ -1,0 +1,269 @@
+"""
+The contract that every method file meets, whatever it computes. A new file with inject() is picked up by itself.
+
+Everything in float64, and with B refilled with noise first: while B = 0, most bugs are invisible.
+"""
+import copy
+import inspect
+
+import pytest
+import torch
+import torch.nn as nn
+
+import checkpoint
+
+METHODS = sorted(checkpoint.method_files())
+ADAPTERS = [name for name in METHODS if not hasattr(checkpoint.load_method(name), "TRAINS_BASE_WEIGHTS")]
+TARGETS = ("q_proj", "up_proj")
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.up_proj, self.head = nn.Linear(12, 16), nn.Linear(16, 24, bias=False), nn.Linear(24, 3)
+
+    def forward(self, x):
+        return self.head(self.up_proj(self.q_proj(x).tanh()).tanh())
+
+
+def inject(name, model, **kw):
+    method = checkpoint.load_method(name)
+    method.inject(model, TARGETS, 4, **kw)
+    return method
+
+
+def perturb(model):
+    """Noise in every trainable tensor, of a size that moves the function but keeps it tame."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+
+
+def layers(model):
+    return {name: m for name, m in model.named_modules() if hasattr(m, "delta")}
+
+
+def trains_base(method):
+    return getattr(method, "TRAINS_BASE_WEIGHTS", False)
+
+
+def test_there_are_methods():
+    assert {"lora", "full", "gfa"} <= set(METHODS)
+
+
+@pytest.fixture(params=METHODS)
+def case(request):
+    torch.manual_seed(0)
+    base, x = Toy().double(), torch.randn(2, 5, 12, dtype=torch.float64)
+    model = copy.deepcopy(base)
+    return inject(request.param, model), base, model, x
+
+
+def test_the_function_is_unchanged_at_init(case):
+    method, base, model, x = case
+    torch.testing.assert_close(model(x), base(x))
+
+
+def test_every_lora_tensor_trains_and_nothing_else(case):
+    method, base, model, x = case
+    perturb(model)
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        ours = trains_base(method) or name.rpartition(".")[2].startswith("lora_")
+        assert p.requires_grad == ours and (p.grad is not None and p.grad.abs().sum() > 0) == ours, name
+
+
+def test_merge_gives_the_same_function_in_plain_linears_under_the_old_names(case):
+    method, base, model, x = case
+    perturb(model)
+    y = model(x)
+    assert (y - base(x)).abs().max() > 1e-3
+    method.merge(model)
+    torch.testing.assert_close(model(x), y)
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in base.named_modules()]
+    assert list(model.state_dict()) == list(base.state_dict()) and not any(p.requires_grad for p in model.parameters())
+
+
+def test_delta_is_the_layer_applied_to_the_identity(case):
+    method, base, model, x = case
+    perturb(model)
+    assert len(layers(model)) == (0 if trains_base(method) else 2)
+    for name, layer in layers(model).items():
+        eye = torch.eye(base.get_submodule(name).in_features, dtype=torch.float64)
+        torch.testing.assert_close((layer(eye) - layer.base(eye)).T, layer.delta())
+
+
+def test_factors_are_the_whole_change_of_the_weights_or_say_why_not(case):
+    method, base, model, x = case
+    perturb(model)
+    if not hasattr(method, "factors"):
+        assert trains_base(method)
+        return
+    try:
+        found = method.factors(model)
+    except NotImplementedError as reason:
+        assert len(str(reason)) > 20
+        return
+    method.merge(model)
+    assert sorted(found) == sorted(TARGETS)
+    for name, (A, B) in found.items():
+        torch.testing.assert_close(B @ A, model.get_submodule(name).weight - base.get_submodule(name).weight)
+
+
+def test_an_adapter_on_disk_reloads_on_the_pretrained_model(case, tmp_path):
+    method, base, model, x = case
+    perturb(model)
+    checkpoint.save_adapter(tmp_path / "a", model, dict(method=method.__name__.removeprefix("method_"), targets=TARGETS, rank=4))
+    other = copy.deepcopy(base)
+    checkpoint.load_adapter(other, tmp_path / "a")
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+
+
+def test_reinit_leaves_the_function_and_the_number_of_trainable_layers_alone(case):
+    method, base, model, x = case
+    if not hasattr(method, "reinit"):
+        pytest.skip("this method does not re-initialise")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(3):
+        perturb(model)
+        y = model(x)
+        y.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        y = model(x)
+        method.reinit(model, optimizer)
+        torch.testing.assert_close(model(x), y)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in model.parameters() if p.requires_grad}
+        assert {id(p) for p in optimizer.state} <= held
+
+
+def test_leading_dimensions_are_free(case):
+    method, base, model, x = case
+    perturb(model)
+    torch.testing.assert_close(model(x).flatten(0, 1), model(x.flatten(0, 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", METHODS)
+def test_adapters_are_fp32_and_activations_keep_the_models_dtype(name, dtype):
+    torch.manual_seed(0)
+    base, x = Toy().to(dtype), torch.randn(5, 12, dtype=dtype)
+    model = copy.deepcopy(base)
+    method = inject(name, model)
+    x = x.float() if trains_base(method) else x
+    perturb(model)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    y = model(x)
+    assert y.dtype == x.dtype
+    y.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    double = copy.deepcopy(model).double()(x.double())
+    torch.testing.assert_close(y.double(), double, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_merge_into_bf16_rounds_once(name):
+    """The merged bf16 weight is the exact one, rounded: within half a unit in the last place."""
+    torch.manual_seed(0)
+    model = Toy().to(torch.bfloat16)
+    method = inject(name, model)
+    perturb(model)
+    want = {name: (layer.base.weight.double() + layer.delta().double()) for name, layer in layers(model).items()}
+    method.merge(model)
+    for name, W in want.items():
+        got = model.get_submodule(name).weight
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got, W.to(torch.bfloat16), rtol=2**-8, atol=0)
+        assert (got == W.to(torch.bfloat16)).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_target_that_matches_nothing_is_an_error(name):
+    method = checkpoint.load_method(name)
+    with pytest.raises(ValueError, match="'k_proj' matches no"):
+        method.inject(Toy(), ("q_proj", "k_proj"), 4)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 10**6])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_rank_out_of_bounds_is_an_error(name, rank):
+    method = checkpoint.load_method(name)
+    with pytest.raises(ValueError, match=f"rank {rank}"):
+        method.inject(Toy(), TARGETS, rank)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_dropout_acts_in_training_only_or_is_refused(name):
+    torch.manual_seed(0)
+    model, x = Toy().double(), torch.randn(5, 12, dtype=torch.float64)
+    try:
+        inject(name, model, dropout=0.5)
+    except ValueError as reason:
+        assert "dropout" in str(reason)
+        return
+    perturb(model)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_targeted_name_is_a_leaf_or_a_dotted_suffix(name):
+    method = checkpoint.load_method(name)
+    model = nn.ModuleDict(dict(a=nn.ModuleDict(dict(dense=nn.Linear(8, 8))), b=nn.ModuleDict(dict(dense=nn.Linear(8, 8))),
+                               xdense=nn.Linear(8, 8)))
+    method.inject(model, ("a.dense",), 2)
+    assert list(layers(model)) == ["a.dense"]
+    method.merge(model)
+    method.inject(model, ("dense",), 2)
+    assert list(layers(model)) == ["a.dense", "b.dense"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_transformers_model_is_injected_trained_and_merged_by_the_same_file(name):
+    tf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                               num_attention_heads=4, num_key_value_heads=2)).double().eval()
+    base, ids, method = copy.deepcopy(model), torch.randint(61, (2, 9)), checkpoint.load_method(name)
+    method.inject(model, ("q_proj", "v_proj", "down_proj"), 4)
+    torch.testing.assert_close(model(ids).logits, base(ids).logits)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.02
+    y = model(ids).logits
+    method.merge(model)
+    torch.testing.assert_close(model(ids).logits, y)
+    assert list(model.state_dict()) == list(base.state_dict())
+
+
+def source(name, function):
+    method = checkpoint.load_method(name)
+    return inspect.getsource(getattr(method, function)) if hasattr(method, function) else None
+
+
+def test_functions_that_files_share_are_equal_to_the_letter():
+    """So that `diff baselines/lora.py gfa.py` is the method."""
+    assert len({source(name, "find") for name in METHODS} - {None}) == 1
+    assert source("gfa", "merge").replace("    del model.adapter\n", "") == source("lora", "merge")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_file_stands_alone_and_keeps_to_its_form(name):
+    text = checkpoint.method_files()[name].read_text(encoding="utf-8")
+    imported = {line.split()[1].partition(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))}
+    assert imported <= {"math", "warnings", "torch"}
+    assert max(map(len, text.splitlines())) <= 100
+    method = checkpoint.load_method(name)
+    parameters = inspect.signature(method.inject).parameters
+    assert list(parameters)[:5] == ["model", "targets", "rank", "alpha", "dropout"]
+    assert {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY} == {
+        n: entry[0] for n, entry in method.DEFAULTS.items()}
