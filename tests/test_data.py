@@ -1,0 +1,201 @@
+"""The task files: what they generate or read, how they score, which rows they refuse."""
+import gzip
+import inspect
+import json
+import re
+
+import pytest
+
+from data import arithmetic, commonsense, own
+
+
+# ------------------------------------------------------------------------------------ arithmetic
+
+def solve(row):
+    """The answer from the story's own words."""
+    n = [int(x) for x in re.findall(r"\d+", row["instruction"])]
+    signs = [1 if v in ("buys", "finds", "gets", "wins") else -1
+             for v in re.findall(r"(?:She|He) (buys|finds|gets|wins|gives|loses|sells|drops)", row["instruction"])]
+    return n[0] + sum(s * x for s, x in zip(signs, n[1:], strict=True)), len(signs)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_worked_answers_are_right_and_of_the_wanted_length(steps):
+    for row in arithmetic.generate("train", 300, steps, 0):
+        assert solve(row) == (int(row["answer"]), steps)
+        sums = re.findall(r"(\d+) ([+-]) (\d+) = (\d+)\.", row["output"])
+        assert len(sums) == steps and all(eval(f"{a}{o}{b}") == int(c) for a, o, b, c in sums)
+        assert all(0 <= int(x) <= 20 for x in re.findall(r"\d+", row["output"]))
+        assert row["output"].endswith(f"The answer is {row['answer']}.")
+
+
+def test_train_and_held_out_share_no_chain_of_operands():
+    chains = lambda rows: {tuple(re.findall(r"\d+ [+-] \d+", row["output"])) for row in rows}
+    train, test = arithmetic.rows(None, "two_step", "train"), arithmetic.rows(None, "two_step", "test")
+    assert len(train) == 8192 and len(test) == 256 == arithmetic.TASKS["two_step"]["rows"]
+    assert not chains(train) & chains(test)
+    assert train == arithmetic.rows(None, "arithmetic", "train")        # the same every time, and for the family
+
+
+@pytest.mark.parametrize("output, answer", [
+    ("1 + 2 = 3. The answer is 3.", "3"), ("The answer is 3", "3"), ("The answer is 3. The answer is 4.", "3"),
+    ("The answer is -3.", "-3"), ("3", ""), ("", ""), ("the answer is 3", ""), ("The answer is three", "")])
+def test_arithmetic_extraction(output, answer):
+    result = arithmetic.score([output], [dict(answer="3")])
+    assert result["extracted"] == [answer] and result["correct"] == [answer == "3"] and result["accuracy"] == (answer == "3")
+
+
+# ------------------------------------------------------------------------------------ commonsense
+
+def row(answer, form, **kw):
+    return dict(instruction=f"Say it.\n\nAnswer format: {form}", input="", output=f"the correct answer is {answer}", answer=answer, **kw)
+
+
+EXTRACTION = [
+    ("boolq", "true/false", "the correct answer is true", "true"),
+    ("boolq", "true/false", "false, not true", "false"),                # the first match anywhere
+    ("boolq", "true/false", "untrue", "true"),                          # even inside a word, as in the original
+    ("boolq", "true/false", "True", ""),                                # case-sensitive
+    ("boolq", "true/false", "", ""),
+    ("piqa", "solution1/solution2", "solution2 or solution1", "solution2"),
+    ("piqa", "solution1/solution2", "solution 1", ""),
+    ("social_i_qa", "answer1/answer2/answer3", "answer5 answer1", "answer5"),
+    ("ARC-Challenge", "answer1/answer2/answer3/answer4", "answer7 then answer4", "answer4"),
+    ("openbookqa", "answer1/answer2/answer3/answer4", "answer12", "answer1"),
+    ("hellaswag", "ending1/ending2/ending3/ending4", "ending4.", "ending4"),
+    ("winogrande", "option1/option2", "The option2", "option2"),
+]
+
+
+@pytest.mark.parametrize("task, form, output, answer", EXTRACTION)
+def test_commonsense_extraction_is_llm_adapters(task, form, output, answer):
+    rows = [commonsense.with_choices(row("x", form), task)]
+    assert commonsense.score([output], rows)["extracted"] == [answer]
+
+
+def test_choices_are_read_off_the_instruction():
+    got = commonsense.with_choices(row("true", "true/false"), "boolq")["choices"]
+    assert got == {"true": "the correct answer is true", "false": "the correct answer is false"}
+
+
+def test_the_majority_rate():
+    rows = [commonsense.with_choices(row(a, "true/false"), "boolq") for a in ("true", "true", "false", "true")]
+    assert commonsense.score([""] * 4, rows)["majority"] == 0.75
+
+
+def test_the_real_sets_are_whole_and_consistent(shared_data):
+    for name, entry in commonsense.TASKS.items():
+        try:
+            rows = commonsense.rows(shared_data, name, "test")
+        except FileNotFoundError:
+            assert name == "social_i_qa"
+            continue
+        assert len(rows) == entry["rows"], name
+        assert all(r["answer"] in r["choices"] and r["choices"][r["answer"]] == r["output"] for r in rows), name
+        assert commonsense.score([r["output"] for r in rows], rows)["accuracy"] == 1.0
+
+
+def test_test_rows_must_hold_one_of_their_choices(tmp_path):
+    for bad in (row("true", "true/false", ), row("maybe", "true/false"), dict(row("true", ""), instruction="Is it?")):
+        (tmp_path / "boolq.json").write_text(json.dumps([row("true", "true/false"), bad]))
+        if bad["answer"] == "true" and "format" in bad["instruction"]:
+            commonsense.rows(tmp_path, "boolq", "test")
+        else:
+            with pytest.raises(ValueError, match="boolq, test row 2: answer '.*', expected one of"):
+                commonsense.rows(tmp_path, "boolq", "test")
+
+
+def test_training_rows_of_one_set_come_by_source_or_by_wording(shared_data):
+    mix = commonsense.rows(shared_data, "commonsense", "train")
+    assert len(mix) == 15000
+    for name, by in commonsense.WORDING.items():
+        assert [r for r in mix if r["source"] == name] == [r for r in mix if by in r["instruction"]]
+        assert commonsense.rows(shared_data, name, "train") == [r for r in mix if r["source"] == name]
+    assert len(commonsense.rows(shared_data, "ARC-Easy", "train")) == 198
+
+
+def test_a_mix_that_names_no_source(tmp_path):
+    """The published commonsense_15k.json has four fields: ARC-Easy's rows cannot be told from OpenBookQA's."""
+    (tmp_path / "ft-training_set").mkdir()
+    rows = [row("true", "true/false"), row("answer1", "answer1/answer2")]
+    rows[0]["instruction"] = "Please answer the following question with true or false, question: is it?"
+    (tmp_path / "ft-training_set" / "commonsense_15k.json").write_text(json.dumps(rows))
+    assert commonsense.rows(tmp_path, "commonsense", "train") == rows
+    assert commonsense.rows(tmp_path, "boolq", "train") == rows[:1]
+    with pytest.raises(ValueError, match="no row of 'ARC-Easy', neither by its source nor by its wording"):
+        commonsense.rows(tmp_path, "ARC-Easy", "train")
+
+
+@pytest.mark.parametrize("place", ["commonsense/boolq.json", "commonsense/boolq.json.gz", "boolq.json", "dataset/boolq/test.json"])
+def test_places_where_a_set_may_lie(place, tmp_path):
+    file = tmp_path / place
+    file.parent.mkdir(parents=True, exist_ok=True)
+    data = json.dumps([row("true", "true/false")]).encode()
+    file.write_bytes(gzip.compress(data) if place.endswith(".gz") else data)
+    assert commonsense.rows(tmp_path, "boolq", "test")[0]["answer"] == "true"
+
+
+# ------------------------------------------------------------------------------------ a user's own file
+
+def write(path, rows):
+    if ".jsonl" in path.name:
+        text = "\n".join(json.dumps(r) for r in rows) + "\n\n"
+    else:
+        text = json.dumps(rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else b"\xef\xbb\xbf" + text.encode())
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"])
+def test_own_rows_are_split_once_and_for_all(name, tmp_path):
+    rows = [dict(instruction=str(i), output=str(i)) for i in range(25)]
+    write(tmp_path / name, rows)
+    task = str(tmp_path / name)
+    test, train = own.rows("elsewhere", task, "test"), own.rows(None, task, "train")
+    assert len(test) == 2 and sorted(test + train, key=lambda r: int(r["output"])) == rows
+    assert test == own.rows(None, task, "test") != rows[:2]
+
+
+@pytest.mark.parametrize("output, answer, correct", [
+    ("It is Paris.", "Paris", True), ("it is PARIS!", "Paris", True), ("Paris is it", "Paris", False), ("17", "7", False),
+    ("x = 7", "7", True), ("a+b", "a+b", True), ("", "7", False), ("3.5", "5", False), ("-5", "5", False), ("1,200", "200", False),
+    ("C++", "C", False), ("It is 0.", 0, True), ("is (7).", "7", True), ("So:7", "7", True)])
+def test_own_answers_close_the_output(output, answer, correct):
+    assert own.score([output], [dict(answer=answer, output="x")])["correct"] == [correct]
+
+
+def test_without_an_answer_the_output_must_be_equal():
+    assert own.score([" a b\n", "a  b"], [dict(output="a b")] * 2)["correct"] == [True, False]
+
+
+BAD = {
+    "no output": ([dict(instruction="a", output="b"), dict(instruction="a")], r"row 2 has no text in 'output'"),
+    "no instruction": ([dict(output="b")], r"row 1 has no text in 'instruction'"),
+    "not text": ([dict(instruction=3, output="b")], r"row 1 has no text in 'instruction'"),
+    "not an object": (["a"], r"row 1 has no text in 'instruction'"),
+    "empty": ([], r"expected a list of rows, found none"),
+    "one row": ([dict(instruction="a", output="b")], r"1 row, expected at least 2"),
+    "an object": (dict(instruction="a", output="b"), r"expected a list of rows, found dict"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_own_rows_that_are_refused(name, tmp_path):
+    rows, message = BAD[name]
+    write(tmp_path / "a.json", rows)
+    with pytest.raises(ValueError, match=rf"a\.json: {message}"):
+        own.rows(None, str(tmp_path / "a.json"), "train")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.json", b"[{]", r"a\.json: not JSON \(.*line 1"), ("a.jsonl", b"{}\n\n{,", r"a\.jsonl: not JSON \(.*line 2"),
+    ("a.json", b"\xff\xfe", r"a\.json: not JSON"), ("a.json.gz", b"nothing", r"a\.json\.gz: not JSON")])
+def test_own_files_that_are_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        own.rows(None, str(tmp_path / name), "train")
+    with pytest.raises(FileNotFoundError, match=r"found none of .*b\.json"):
+        own.rows(None, str(tmp_path / "b.json"), "train")
+
+
+def test_task_files_read_alike_to_the_letter():
+    assert inspect.getsource(own.read) == inspect.getsource(commonsense.read)
