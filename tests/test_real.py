@@ -1,0 +1,42 @@
+"""
+The whole road at full length: the README's first command, and a real pretrained model. Minutes, so marked slow:
+
+    SMOLLM2=DIR pytest -m slow -s          # DIR: SmolLM2-135M-Instruct as a Hugging Face directory
+"""
+import json
+
+import pytest
+import torch
+
+import model as M
+import train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("method", ["gfa", "lora"])
+def test_the_bundled_model_learns_two_step_problems(method, tmp_path):
+    train.main(["--method", method, "--rank", "8", "--out_dir", str(tmp_path / "run")])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["before"]["mean"] <= 0.10 and summary["after"]["mean"] >= 0.80
+
+
+@pytest.mark.parametrize("method, lr", [("gfa", 3e-3), ("lora", 1e-3)])
+def test_smollm2_learns_the_form_of_boolq_and_merges(method, lr, smollm2, shared_data, tmp_path):
+    tf = pytest.importorskip("transformers")
+    out = tmp_path / "run"
+    train.main(["--method", method, "--rank", "8", "--lr", str(lr), "--model", str(smollm2), "--task", "boolq", "--data",
+                str(shared_data), "--max_steps", "60", "--eval_limit", "100", "--merge", "--out_dir", str(out)])
+    summary = json.loads((out / "summary.json").read_text())
+    print(json.dumps(summary))
+    assert summary["loss_before"] > 2.5 and summary["loss_after"] <= 0.15
+    assert summary["majority"]["boolq"] == 0.70
+    for key in ("before", "after", "before_likelihood", "after_likelihood"):
+        assert 0 <= summary[key]["boolq"] <= 1
+    ours = M.load(out / "merged")
+    theirs = tf.AutoModelForCausalLM.from_pretrained(out / "merged").eval()
+    ids = torch.randint(40000, (1, 60))
+    with torch.no_grad():
+        difference = (ours(ids) - theirs(ids).logits).abs().max().item()
+    print(f"{method}: merged, largest logit difference to transformers {difference:.1e}")
+    assert difference <= 1e-3

@@ -1,0 +1,456 @@
+"""
+train.py: the gradient it follows, the order of its data, the hooks it calls, the files it leaves, the input it refuses.
+"""
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import checkpoint
+import model as M
+import train
+from conftest import ROOT
+from data import arithmetic
+
+FAST = ["--max_steps", "3", "--batch_size", "4", "--eval_limit", "4", "--train_rows", "40", "--log_every", "1"]
+
+
+def run(*args, out):
+    train.main([*map(str, args), "--out_dir", str(out)])
+    return json.loads((out / "summary.json").read_text())
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def refuses(capsys, *args, **kw):
+    """The one line on stderr with which train.py refuses these flags."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(map(str, args)))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("train.py: error: ")
+    return err
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return M.Tokenizer(tiny, M.read_config(M.read_json(tiny / "config.json")))
+
+
+# ------------------------------------------------------------------------------------ the gradient
+
+def injected(tiny, method="lora", **kw):
+    torch.manual_seed(0)
+    model = M.load(tiny, torch.float64)
+    checkpoint.load_method(method).inject(model, ("q_proj", "down_proj"), 4, **kw)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, 0, 0.1)
+    return model.train()
+
+
+def gradient(model, examples, micro_batch_size):
+    for p in model.parameters():
+        p.grad = None
+    loss, seen = train.backward(model, examples, micro_batch_size)
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]), seen
+
+
+def uneven(tokenizer):
+    """Eight examples whose answers differ much in length: a mean of means would be another number."""
+    rows = arithmetic.generate("train", 8, 2, 0)
+    for i, row in enumerate(rows):
+        row["output"] = row["output"] * (i % 4 + 1)
+    return train.encode(tokenizer, rows, 512)[0]
+
+
+def test_accumulation_is_normalised_by_supervised_tokens(tiny, tokenizer):
+    model, examples = injected(tiny), uneven(tokenizer)
+    loss, want, seen = gradient(model, examples, 8)
+    assert seen == sum(len(ids) for ids, _ in examples)
+    for micro in (1, 2, 3):             # 3 leaves a smaller last micro-batch
+        again, got, _ = gradient(model, examples, micro)
+        assert again == pytest.approx(loss)
+        torch.testing.assert_close(got, want)
+
+
+def test_the_loss_is_the_mean_over_answer_tokens_and_their_eos(tiny, tokenizer):
+    model, examples = injected(tiny), uneven(tokenizer)
+    losses = []
+    for ids, start in examples:         # one row at a time, with every logit
+        logits = model(torch.tensor([ids]))[0]
+        losses += [F.cross_entropy(logits[t - 1], torch.tensor(ids[t])) for t in range(start, len(ids))]
+    assert ids[-1] in tokenizer.eos
+    assert gradient(model, examples, 8)[0] == pytest.approx(torch.stack(losses).mean().item())
+
+
+def test_checkpointing_and_compile_free_gradients_agree(tiny, tokenizer):
+    model, examples = injected(tiny, dropout=0.2), uneven(tokenizer)
+    torch.manual_seed(1)
+    _, want, _ = gradient(model, examples, 8)
+    model.checkpointing = True
+    torch.manual_seed(1)                # the same dropout masks, drawn again in backward
+    torch.testing.assert_close(gradient(model, examples, 8)[1], want)
+
+
+# ------------------------------------------------------------------------------------ examples
+
+def test_supervision_starts_where_the_prompt_ends(tokenizer):
+    row = arithmetic.generate("train", 1, 2, 0)[0]
+    (ids, start), = train.encode(tokenizer, [row], 512)[0]
+    assert tokenizer.decode(ids[start:-1]) == row["output"] and ids[-1] == tokenizer.eos[0]
+    assert tokenizer.decode(ids[:start]).endswith("### Response:\n")
+    (same, zero), = train.encode(tokenizer, [row], 512, train_on_prompt=True)[0]
+    assert same == ids and zero == 0
+
+
+def test_an_eos_inside_the_text_is_still_supervised(tokenizer):
+    """Masking is by length: masking by id would take the EOS away, and the model would never stop."""
+    row = dict(instruction="<eos> <eos>", input="", output="<eos>")
+    (ids, start), = train.encode(tokenizer, [row], 512)[0]
+    assert ids[start:] == [0, 0]
+
+
+def test_bos_comes_once_and_only_where_the_tokenizer_adds_it(tokenizer):
+    row, plain = dict(instruction="a", input="", output="b"), train.encode(tokenizer, [dict(instruction="a", input="", output="b")], 99)
+    tokenizer.bos = [7]
+    try:
+        (ids, start), = train.encode(tokenizer, [row], 99)[0]
+        (cut, cut_start), = train.encode(tokenizer, [row], len(ids) - 1)[0]
+    finally:
+        tokenizer.bos = []
+    assert ids == [7, *plain[0][0][0]] and start == plain[0][0][1] + 1
+    assert cut == [7, *ids[2:]] and cut_start == start - 1      # a cut prompt keeps its BOS
+
+
+def test_truncation_spares_the_answer_and_is_counted(tokenizer):
+    row = arithmetic.generate("train", 1, 2, 0)[0]
+    (ids, start), = train.encode(tokenizer, [row], 512)[0]
+    answer = len(ids) - start
+    for max_len in (len(ids), len(ids) - 1, answer + 1, answer):
+        ((got, where),), cut = train.encode(tokenizer, [row], max_len)
+        assert len(got) == max_len and got[where:] == ids[start:] and cut == (max_len < len(ids))
+    ((got, where),), cut = train.encode(tokenizer, [row], answer - 3)
+    assert (got, where, cut) == (ids[start:-3], 0, 1)           # even the answer is too long
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    a, b = train.order(1, 0, 50), train.order(1, 0, 50)
+    assert a.tolist() == b.tolist() and sorted(a) == list(range(50))
+    assert len({tuple(train.order(seed, epoch, 50)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+
+
+# ------------------------------------------------------------------------------------ schedule, optimizer
+
+def test_schedules():
+    at = lambda kind: [train.lr_at(s, 10, 2, kind) for s in range(10)]
+    assert at("constant") == [0.5] + [1.0] * 9
+    assert at("linear") == pytest.approx([0.5, 1.0, 1.0] + [j / 8 for j in (7, 6, 5, 4, 3, 2, 1)])
+    cosine = [(1 + math.cos(math.pi * j / 8)) / 2 for j in range(8)]
+    assert at("cosine") == pytest.approx([0.5, 1.0, *cosine])
+
+
+@pytest.mark.parametrize("every, at, want", [(None, None, set()), ("2", None, {20, 40}), ("0.5", None, set(range(5, 50, 5))),
+                                             ("20s", None, {20, 40}), (None, 7, {7}), ("25s", 30, {25, 30}), ("50s", 50, set())])
+def test_reinit_steps_are_epochs_or_steps_and_never_the_last(every, at, want):
+    assert train.reinit_steps(every, at, 50, 10) == want
+
+
+@pytest.mark.parametrize("every", ["0", "-1", "x", "s", "0.01", "nan", "inf"])
+def test_reinit_every_refuses(every):
+    with pytest.raises(ValueError, match="expected epochs"):
+        train.reinit_steps(every, None, 50, 10)
+
+
+def test_lion_is_its_formula():
+    torch.manual_seed(0)
+    p, m = torch.nn.Parameter(torch.randn(5)), torch.zeros(5)
+    want, optimizer = p.detach().clone(), train.Lion([p], lr=0.1, weight_decay=0.2)
+    for step, lr in enumerate((0.1, 0.05, 0.05)):
+        optimizer.param_groups[0]["lr"] = lr
+        g = torch.randn(5)
+        p.grad = g.clone()
+        optimizer.step()
+        want = want * (1 - 0.2 * lr / 0.1)                      # decoupled: relative to the peak
+        want = want - lr * torch.sign(0.9 * m + 0.1 * g)
+        m = 0.95 * m + 0.05 * g
+        torch.testing.assert_close(p.detach(), want)
+
+
+# ------------------------------------------------------------------------------------ a run and its files
+
+@pytest.mark.parametrize("method", ["lora", "gfa", "full"])
+def test_a_run_leaves_its_files(method, tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    summary = run("--method", method, *FAST, "--rank", 3, "--merge", out=out)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{method}: {'all weights' if method == 'full' else '28 modules'}, {summary['trainable']:,} trainable parameters, ")
+    assert lines[1].startswith("batch 4 x 1 = 4, 3 steps of 10 an epoch")
+    assert lines[2].startswith("40 examples, ") and lines[2].endswith("0 truncated to 512")
+    assert (summary["task"], summary["method"], summary["rank"], summary["steps"]) == ("arithmetic", method, 3, 3)
+    for when in ("before", "after"):
+        assert 0 <= summary[when]["mean"] == summary[when]["two_step"] <= 1 and summary[f"loss_{when}"] > 0
+        dump = [json.loads(line) for line in (out / "eval" / f"two_step.{when}.jsonl").read_text().splitlines()]
+        assert len(dump) == 4 and set(dump[0]) == {"prompt", "output", "extracted", "answer", "correct"}
+    assert summary["tokens_per_second"] > 0 and summary["seconds"] > 0
+    assert [set(line) for line in metrics(out)] == [{"step", "loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_mb"}] * 3
+    args = json.loads((out / "args.json").read_text())
+    assert args["rank"] == 3 and args["preset"] == "tiny" and "torch" in json.loads((out / "env.json").read_text())
+    assert {p.name for p in out.iterdir()} - {"loss.png"} == {"args.json", "env.json", "metrics.jsonl", "eval", "summary.json",
+                                                              "adapter", "merged"}
+    adapted, merged = M.load(tiny), M.load(out / "merged")
+    checkpoint.load_adapter(adapted, out / "adapter")
+    ids = torch.randint(400, (1, 20))
+    torch.testing.assert_close(merged(ids), adapted(ids), rtol=0, atol=1e-3)
+    assert (merged(ids) - M.load(tiny)(ids)).abs().max() > 1e-3
+
+
+def test_the_same_seed_gives_the_same_run_another_another(tmp_path):
+    losses = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(*FAST, "--seed", seed, "--no-eval_before", out=tmp_path / name)
+        losses[name] = [line["loss"] for line in metrics(tmp_path / name)]
+    assert losses["a"] == losses["b"] != losses["c"]
+
+
+def test_the_micro_batch_size_changes_memory_not_the_run(tmp_path):
+    for name, micro in (("a", 4), ("b", 2)):
+        run(*FAST, "--micro_batch_size", micro, "--no-eval_before", out=tmp_path / name)
+    a, b = metrics(tmp_path / "a"), metrics(tmp_path / "b")
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-4)
+
+
+def test_the_loss_falls(tmp_path):
+    run("--max_steps", 30, "--batch_size", 8, "--train_rows", 8, "--eval_limit", 1, "--no-eval_before", "--log_every", 1,
+        out=tmp_path / "run")
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+
+
+def test_a_last_partial_batch_is_trained_on(tmp_path):
+    summary = run("--epochs", 2, "--batch_size", 4, "--train_rows", 6, "--eval_limit", 1, "--no-eval_before",
+                  *["--max_steps", 4], out=tmp_path / "run")
+    assert summary["steps"] == 4        # 4 + 2 rows, twice
+
+
+def test_epochs_count_steps(tmp_path, capsys):
+    args, method = train.parse(["--model", str(ROOT / "data" / "tiny"), "--task", "arithmetic", "--epochs", "1.5", "--train_rows", "10",
+                                "--batch_size", "4", "--out_dir", str(tmp_path / "x")])
+    prepared = train.prepare(args, method)
+    assert (prepared.steps_per_epoch, prepared.steps) == (3, 5)
+
+
+def test_validation_keeps_the_best_adapter_beside_the_last(tmp_path, capsys):
+    out = tmp_path / "run"
+    summary = run(*FAST, "--val_rows", 8, "--eval_every", 1, "--lr", 0.3, "--warmup_steps", 0, "--no-eval_before", out=out)
+    values = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
+    assert len(values) == 3 and summary["last"]["step"] == 3 and round(summary["last"]["loss_val"], 4) == values[-1]
+    assert round(summary["best"]["loss_val"], 4) == min(values) and values[summary["best"]["step"] - 1] == min(values)
+    best = json.loads((out / "adapter-best" / "adapter_config.json").read_text())
+    assert best["method"] == "lora" and json.loads((out / "adapter" / "adapter_config.json").read_text())["step"] == 3
+
+
+def test_the_bf16_base_stays_bf16_and_adapters_train_in_fp32(tmp_path):
+    out = tmp_path / "run"
+    run(*FAST, "--dtype", "bfloat16", "--no-eval_before", "--merge", out=out)
+    assert {t.dtype for t in load_file(out / "adapter" / "adapter_model.safetensors").values()} == {torch.float32}
+    assert {t.dtype for t in load_file(out / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(tmp_path):
+    for name, flags in (("a", []), ("b", ["--compile"])):
+        run(*FAST, "--no-eval_before", "--targets", "q_proj", *flags, out=tmp_path / name)
+    a, b = metrics(tmp_path / "a"), metrics(tmp_path / "b")
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-3)
+    assert not any("_orig_mod" in key for key in load_file(tmp_path / "b" / "adapter" / "adapter_model.safetensors"))
+
+
+# ------------------------------------------------------------------------------------ hooks and variants
+
+VARIANT = (ROOT / "baselines" / "lora.py").read_text(encoding="utf-8")
+HOOKS = '''
+calls = []
+
+def observe(model, t, T):
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    calls.append((t, T, sum(float(p.grad.norm()) for p in model.parameters() if p.requires_grad)))
+
+def reinit(model, optimizer):
+    calls.append("reinit")
+    for group in optimizer.param_groups:
+        fresh = [torch.nn.Parameter(p.detach().clone()) for p in group["params"]]
+        new = dict(zip(map(id, group["params"]), fresh))
+        for p in group["params"]:
+            optimizer.state.pop(p, None)
+        group["params"] = fresh
+        for module in model.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                if id(p) in new:
+                    setattr(module, name, new[id(p)])
+
+def make_optimizer(params, lr, weight_decay):
+    calls.append(("optimizer", lr, weight_decay))
+    return torch.optim.SGD(params, lr, weight_decay=weight_decay)
+'''
+
+
+def test_hooks_are_called_as_the_contract_says(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(VARIANT + HOOKS, encoding="utf-8")
+    loaded = []
+    original = checkpoint.load_method
+    monkeypatch.setattr(checkpoint, "load_method", lambda name: loaded.append(original(name)) or loaded[-1])
+    run("--method", tmp_path / "mine.py", *FAST, "--reinit_every", "1s", "--lr", 0.01, "--grad_clip", 1e-9, "--no-eval_before",
+        "--micro_batch_size", 2, out=tmp_path / "run")
+    calls = loaded[0].calls
+    assert calls[0] == ("optimizer", 0.01, 0.0)
+    assert [c if c == "reinit" else c[:2] for c in calls[1:]] == [(1, 3), "reinit", (2, 3), "reinit", (3, 3)]
+    assert calls[1][2] > 1e-3           # before clipping, and once for the two micro-batches
+
+
+def test_a_copy_of_lora_is_a_method_without_any_other_edit(tmp_path):
+    own = VARIANT.replace("DEFAULTS = {}", 'DEFAULTS = {"k": (2, "a number"), "mode": ("a", "a choice", ["a", "b"]), "on": (True, "a switch")}')
+    own = own.replace("dropout=0.0):\n    \"\"\"Freeze", "dropout=0.0, *, k=2, mode='a', on=True):\n    \"\"\"Freeze")
+    own = own.replace("    model.requires_grad_(False)", "    assert (k, mode, on) == (4, 'b', False)\n    model.requires_grad_(False)", 1)
+    (tmp_path / "mine.py").write_text(own, encoding="utf-8")
+    summary = run("--method", tmp_path / "mine.py", *FAST, "--k", 4, "--mode", "b", "--no-on", out=tmp_path / "run")
+    assert summary["method"].endswith("mine.py")
+    model = M.load(ROOT / "data" / "tiny")
+    checkpoint.load_adapter(model, tmp_path / "run" / "adapter")
+
+
+def test_precedence_command_line_preset_common_default(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(VARIANT + '\nCOMMON = {"lr": 7e-4, "alpha": 3.0}\n', encoding="utf-8")
+    monkeypatch.setitem(train.PRESETS, "some", dict(alpha=5.0, batch_size=64))
+    monkeypatch.setitem(train.PRESETS, "some/mine", dict(batch_size=32))
+    parse = lambda *a: train.parse(["--method", str(tmp_path / "mine.py"), "--model", "x", *a])[0]
+    assert (parse().lr, parse().alpha, parse().batch_size) == (7e-4, 3.0, 4)
+    got = parse("--preset", "some")
+    assert (got.lr, got.alpha, got.batch_size) == (7e-4, 5.0, 32)
+    got = parse("--preset", "some", "--batch_size", "8", "--lr", "1e-5")
+    assert (got.lr, got.alpha, got.batch_size) == (1e-5, 5.0, 8)
+
+
+def test_aliases_of_the_field():
+    args, _ = train.parse("--base_model m --lora_r 4 --lora_alpha 9 --lora_dropout 0.1 --target_modules q_proj --learning_rate 1e-3 "
+                          "--num_epochs 2 --cutoff_len 99 --output_dir o --model_name_or_path n".split())
+    assert (args.model, args.rank, args.alpha, args.dropout, args.targets) == ("n", 4, 9.0, 0.1, "q_proj")
+    assert (args.lr, args.epochs, args.max_len, args.out_dir) == (1e-3, 2.0, 99, "o")
+
+
+# ------------------------------------------------------------------------------------ trouble
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
+    poison = VARIANT + '''
+def observe(model, t, T):
+    if t == 3:
+        model.model.layers[1].mlp.up_proj.lora_B.grad[0, 0] = float("nan")
+'''
+    (tmp_path / "mine.py").write_text(poison, encoding="utf-8")
+    out = tmp_path / "run"
+    with pytest.raises(RuntimeError, match=r"step 3: .*not finite: gradient of model\.layers\.1\.mlp\.up_proj\.lora_B \(1 in all\)"):
+        run("--method", tmp_path / "mine.py", *FAST, "--save_steps", 2, "--no-eval_before", out=out)
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["step"] == 2
+    assert all(t.isfinite().all() for t in load_file(out / "adapter" / "adapter_model.safetensors").values())
+    assert not (out / "summary.json").exists() and len(metrics(out)) == 2
+
+
+def test_a_loss_that_is_not_finite_is_named(tiny):
+    model = injected(tiny)
+    with pytest.raises(RuntimeError, match="step 7: loss nan.*not finite: loss"):
+        train.check_finite(model, 7, float("nan"), 1.0)
+    with pytest.raises(RuntimeError, match="not finite: gradient norm"):
+        train.check_finite(model, 7, 1.0, math.inf)         # every gradient is finite, their norm is not
+    train.check_finite(model, 7, 1.0, 1.0)
+
+
+def test_the_exit_status_of_a_failed_run_is_1_and_of_bad_input_2(tmp_path):
+    broken = VARIANT + "\ndef observe(model, t, T):\n    next(p for p in model.parameters() if p.requires_grad).grad.fill_(float('inf'))\n"
+    (tmp_path / "mine.py").write_text(broken, encoding="utf-8")
+    command = [sys.executable, str(ROOT / "train.py"), *FAST, "--no-eval_before", "--out_dir", str(tmp_path / "run")]
+    failed = subprocess.run([*command, "--method", str(tmp_path / "mine.py")], capture_output=True, text=True, cwd=tmp_path)
+    assert failed.returncode == 1 and "Traceback" in failed.stderr and "step 1" in failed.stderr
+    refused = subprocess.run([*command, "--method", "nope"], capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "Traceback" not in refused.stderr
+    assert not refused.stdout
+
+
+BAD = {
+    "unknown flag": (["--ranks", "8"], r"unrecognized arguments: --ranks 8"),
+    "abbreviated flag": (["--warmup", "8"], r"unrecognized arguments: --warmup 8"),
+    "another method's flag": (["--method", "lora", "--sigma", "1"], r"unrecognized arguments: --sigma"),
+    "unknown method": (["--method", "lorra"], r"method 'lorra', expected one of .*gfa, .*lora"),
+    "unknown task": (["--task", "bool"], r"task 'bool', expected one of arithmetic.* boolq"),
+    "unknown preset": (["--preset", "x"], r"preset 'x', expected one of tiny"),
+    "no such data": (["--task", "boolq", "--data", "nowhere"], r"nowhere: found none of commonsense/boolq\.json"),
+    "no such model": (["--model", "nowhere", "--task", "arithmetic"], r"nowhere: no such model directory"),
+    "rank 0": (["--rank", "0"], r"--rank 0, expected at least 1"),
+    "rank too large": (["--rank", "65"], r"rank 65 for model\.layers\.0\.self_attn\.k_proj, expected 1 to 64"),
+    "GFA rank too large": (["--method", "gfa", "--rank", "900"], r"rank 900 for a global matrix of \d+ x \d+, expected 1 to \d+"),
+    "target": (["--targets", "q_proj,query"], r"target 'query' matches no nn\.Linear"),
+    "no targets": (["--targets", ","], r"targets ',', expected"),
+    "alpha without a place": (["--method", "gfa", "--alpha", "8"], r"GFA has no alpha"),
+    "dropout": (["--dropout", "1"], r"--dropout 1\.0, expected 0 <= dropout < 1"),
+    "negative": (["--val_rows", "-1"], r"--val_rows -1, expected at least 0"),
+    "negative clip": (["--grad_clip", "-1"], r"--grad_clip -1\.0, expected at least 0"),
+    "micro batch": (["--batch_size", "4", "--micro_batch_size", "3"], r"4 is not a multiple of --micro_batch_size 3"),
+    "the head": (["--targets", "q_proj,lm_head"], r"match the head, lm_head"),
+    "choice": (["--schedule", "step"], r"argument --schedule: invalid choice: 'step'"),
+    "reinit": (["--reinit_every", "2"], r"lora does not re-initialise"),
+    "val_rows": (["--val_rows", "9000"], r"val_rows 9000, there are 8192 training rows"),
+    "eval_every alone": (["--eval_every", "5"], r"--eval_every .* needs --val_rows"),
+    "device": (["--device", "abacus"], r"device 'abacus': "),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags, message = BAD[name]
+    assert re.search(message, refuses(capsys, *flags, "--out_dir", "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_out_dir_that_holds_a_run_is_kept_unless_overwrite(tmp_path, capsys):
+    out = tmp_path / "run"
+    run(*FAST, "--no-eval_before", out=out)
+    first = (out / "summary.json").read_text()
+    assert "holds another run; --overwrite replaces it" in refuses(capsys, *FAST, "--out_dir", out)
+    assert (out / "summary.json").read_text() == first
+    (out / "left").touch()
+    run(*FAST, "--no-eval_before", "--overwrite", "--rank", 2, out=out)
+    assert not (out / "left").exists() and json.loads((out / "summary.json").read_text())["rank"] == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    assert "something else than a run" in refuses(capsys, *FAST, "--overwrite", "--out_dir", tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+# ------------------------------------------------------------------------------------ a user's own file, real data
+
+def test_a_users_own_file_trains_and_evaluates(tmp_path):
+    rows = [dict(r, instruction=r["instruction"] + "?") for r in arithmetic.generate("train", 50, 1, 3)]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    summary = run("--task", tmp_path / "mine.json", "--max_steps", 2, out=tmp_path / "run")
+    assert summary["after"]["mean"] > 0.5           # one-step problems: the bundled model can do them
+    assert len((tmp_path / "run" / "eval" / "mine.after.jsonl").read_text().splitlines()) == 5
+
+
+def test_one_set_trains_on_its_own_rows_of_the_mix(shared_data, capsys):
+    args, method = train.parse(["--model", str(ROOT / "data" / "tiny"), "--task", "boolq", "--data", str(shared_data)])
+    prepared = train.prepare(args, method)
+    assert len(prepared.train) == 830 and list(prepared.sets) == ["boolq"] and prepared.absent == []
+
+
+def test_a_family_names_the_sets_that_are_not_there(shared_data, tmp_path, capsys):
+    summary = run("--task", "commonsense", "--data", shared_data, "--max_steps", 1, "--eval_limit", 2, "--train_rows", 20,
+                  "--batch_size", 2, "--no-eval_before", out=tmp_path / "run")
+    assert summary["absent"] == ["social_i_qa"] and len(summary["after"]) == 8      # seven sets and their mean
+    assert "not found: social_i_qa; the mean is over the others" in capsys.readouterr().out
