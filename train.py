@@ -33,7 +33,31 @@ PRESETS = {
                  warmup_steps=20, log_every=20),
     "tiny/gfa": dict(lr=3e-2),
     "tiny/full": dict(lr=1e-3),
+    "tiny/cps_lora": dict(lr=5e-3, max_steps=300, reinit_every=None, reinit_at=150),     # two stages, as in the paper
 }
+
+# CPS-LoRA, Tables 7 - 10: one learning rate a column, "" for "Other".
+for _model, _task, _rates in [
+        ("llama2-7b", "commonsense", {"cps_lora": 1e-4, "pissa": 2e-4, "": 1e-4}),
+        ("llama2-7b", "math", {"cps_lora": 3e-4, "pissa": 4e-4, "": 3e-4}),
+        ("llama3-8b", "commonsense", {"cps_lora": 4e-5, "pissa": 2e-4, "": 1e-4}),
+        ("llama3-8b", "math", {"cps_lora": 4e-5, "pissa": 2e-4, "": 1e-4}),
+        ("llama3-8b", "code", {"cps_lora": 4.5e-5, "": 5e-5}),
+        ("qwen2.5-1.5b", "commonsense", {"cps_lora": 1e-4, "pissa": 2e-4, "": 1e-4}),
+        ("qwen2.5-1.5b", "math", {"cps_lora": 5e-5, "": 3e-4}),
+        ("qwen2.5-1.5b", "code", {"cps_lora": 6e-5, "pissa": 4.5e-5, "gralora": 5e-5, "": 4e-5}),
+        ("llama2-13b", "commonsense", {"cps_lora": 1e-4, "pissa": 2e-4, "": 1e-4}),
+        ("llama2-13b", "math", {"cps_lora": 1e-4, "": 3e-4})]:
+    PRESETS[f"cps-{_task}-{_model}"] = dict(task=_task, rank=8, targets="attention", batch_size=4, epochs=2, warmup_steps=500,
+                                            lr=_rates.pop(""))
+    PRESETS |= {f"cps-{_task}-{_model}/{method}": dict(lr=lr) for method, lr in _rates.items()}
+
+# GraLoRA, Table 5 and §4.1 (k by §3.4, Lion, cosine).
+for _model, _task, _lr, _epochs in [("llama3.1-8b", "code", 2e-4, 2), ("qwen2.5-1.5b", "commonsense", 2e-4, 2),
+                                    ("qwen2.5-7b", "commonsense", 4e-4, 2), ("llama3.1-70b", "commonsense", 3e-4, 1)]:
+    PRESETS[f"gralora-{_task}-{_model}"] = dict(task=_task, rank=64, batch_size=192, epochs=_epochs, lr=_lr, optimizer="lion",
+                                                schedule="cosine")
+    PRESETS[f"gralora-{_task}-{_model}/gralora"] = dict(k=0)
 
 
 # ------------------------------------------------------------------------------------ command line

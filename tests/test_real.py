@@ -8,13 +8,14 @@ import json
 import pytest
 import torch
 
+import checkpoint
 import model as M
 import train
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("method", ["gfa", "lora"])
+@pytest.mark.parametrize("method", ["gfa", "lora", "gralora", "cps_lora"])
 def test_the_bundled_model_learns_two_step_problems(method, tmp_path):
     train.main(["--method", method, "--rank", "8", "--out_dir", str(tmp_path / "run")])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -40,3 +41,19 @@ def test_smollm2_learns_the_form_of_boolq_and_merges(method, lr, smollm2, shared
         difference = (ours(ids) - theirs(ids).logits).abs().max().item()
     print(f"{method}: merged, largest logit difference to transformers {difference:.1e}")
     assert difference <= 1e-3
+
+
+@pytest.mark.parametrize("method, flags", [("gralora", ["--lr", "1e-3"]), ("cps_lora", ["--lr", "1e-3", "--reinit_every", "4s"])])
+def test_a_short_run_on_smollm2_merges_to_the_same_function(method, flags, smollm2, shared_data, tmp_path):
+    """Twelve steps, with re-initialisations in between where there are any."""
+    out = tmp_path / "run"
+    train.main(["--method", method, "--rank", "8", "--model", str(smollm2), "--task", "boolq", "--data", str(shared_data),
+                "--max_steps", "12", "--eval_limit", "8", "--no-eval_before", "--merge", "--out_dir", str(out), *flags])
+    merged, adapted, base = M.load(out / "merged"), M.load(smollm2), M.load(smollm2)
+    checkpoint.load_adapter(adapted, out / "adapter")
+    ids = torch.randint(40000, (1, 60))
+    with torch.no_grad():
+        difference = (merged(ids) - adapted(ids)).abs().max().item()
+        change = (merged(ids) - base(ids)).abs().max().item()
+    print(f"{method}: merged to unmerged {difference:.1e}, to the base model {change:.1e}")
+    assert difference <= 1e-3 < 1e-1 < change

@@ -338,6 +338,18 @@ def test_precedence_command_line_preset_common_default(tmp_path, monkeypatch):
     assert (got.lr, got.alpha, got.batch_size) == (1e-5, 5.0, 8)
 
 
+def test_presets_of_the_papers_tables():
+    parse = lambda preset, method: train.parse(["--preset", preset, "--method", method, "--model", "x"])[0]
+    seen = lambda *a: (lambda p: (p.task, p.rank, p.targets, p.batch_size, p.epochs, p.warmup_steps, p.lr, p.optimizer))(parse(*a))
+    assert seen("cps-commonsense-llama2-7b", "cps_lora") == ("commonsense", 8, "attention", 4, 2, 500, 1e-4, "adamw")
+    assert seen("cps-math-llama2-7b", "lora") == ("math", 8, "attention", 4, 2, 500, 3e-4, "adamw")
+    assert [parse("cps-code-qwen2.5-1.5b", m).lr for m in ("cps_lora", "gralora", "lora")] == [6e-5, 5e-5, 4e-5]
+    assert parse("cps-commonsense-llama3-8b", "cps_lora").lr == 4e-5
+    assert parse("cps-commonsense-llama2-7b", "cps_lora").reinit_every == "1"
+    assert seen("gralora-commonsense-qwen2.5-7b", "gralora") == ("commonsense", 64, "all", 192, 2, 0, 4e-4, "lion")
+    assert parse("gralora-code-llama3.1-8b", "gralora").k == 0 and parse("gralora-commonsense-llama3.1-70b", "lora").epochs == 1
+
+
 def test_aliases_of_the_field():
     args, _ = train.parse("--base_model m --lora_r 4 --lora_alpha 9 --lora_dropout 0.1 --target_modules q_proj --learning_rate 1e-3 "
                           "--num_epochs 2 --cutoff_len 99 --output_dir o --model_name_or_path n".split())

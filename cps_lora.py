@@ -1,0 +1,261 @@
+"""
+CPS-LoRA: Localized Low-Rank Adaptation within Clustered Parameter Subspaces (ACL 2026)
+Official code: none.
+
+Like GraLoRA a k x k grid of local low-rank pairs with LoRA's parameter count, but the blocks are
+clusters of rows and of columns, and they move. Training runs in stages: after each, the update is
+merged into W, its rows and columns are clustered by likeness, and new pairs start on new blocks.
+A stage needs time: its B starts at 0 and its Adam moments empty, at whatever rate the schedule has.
+
+    W_t = W_{t-1} + ΔW_{t-1},    ΔW[I_n, J_j] = A_l B_l  for clusters n, j = 1..k   (Eqs. 6, 10)
+
+Notation (paper, y = x W  ->  here, y = x Wᵀ: its rows are input features, its columns output ones):
+    m, n      i, o          input and output features
+    r, r'     rank, p       of the whole, and of a block: p = r / k
+    I_n, J_j  lora_rows (i), lora_columns (o)      the cluster, 0 .. k - 1, of each feature
+    A_l       lora_A[j-th p rows, I_n]ᵀ            of lora_A (r, i): LoRA's shapes, whatever the
+    B_l       lora_B[J_j, n-th p columns]ᵀ         of lora_B (o, r)  sizes of the clusters (App. D)
+    π_r, π_c  orders of the features, here only cut into clusters: no weight is permuted (App. K.2)
+
+Differs from the paper: W is formed from the pretrained weight and all stages' factors and rounded
+    once. App. E: its A, B are App. A's expanded factors; Eq. 2's scaling by D, left out there, is
+    in; products of rows are A (B r_refᵀ), and diag(A (B Bᵀ) Aᵀ) holds squared norms.
+    u, v of Eq. 4 are the second singular pair (§3.3; §4.2's "dominant" is a slip).
+Left open by the paper: A's init, Kaiming-uniform with its row cluster as fan-in; the reference of
+    the cosine, the longest vector; d = max(1, ⌈log2 k⌉), and k-means for each side; "imbalanced", a
+    cluster under half of the equal share; ΔW, that of the stage that ended. No scale; dropout 0.
+    The printed strategies find blocks of different mean. Blocks of mean zero in orthogonal
+    subspaces (Prop. 2) look alike to them; `abs-cosine`, ours, tells those apart.
+"""
+import math
+import warnings
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+STRATEGIES = ("cosine", "spectral", "spectral-balance1", "spectral-balance2", "random", "none",
+              "abs-cosine")
+DEFAULTS = {"k": (2, "clusters per side"),
+            "strategy": ("cosine", "how the next stage's clusters are found", STRATEGIES),
+            "reference": ("longest", "what the cosine is taken with", ("longest", "mean", "first"))}
+COMMON = {"reinit_every": "1"}
+
+
+# ---- clustering: the rows of P Qᵀ (m, n), with P (m, R) and Q (n, R), never formed as a whole
+
+def cosine_order(P, Q, reference="longest", absolute=False):
+    """Rows of P Qᵀ by their cosine with one of them (or their mean), ascending: (m,) (App. E)."""
+    inner = P @ (Q.T @ Q)                                               # rows' products: inner @ Pᵀ
+    norms = (inner * P).sum(1).clamp(min=0).sqrt()
+    ref = dict(longest=P[norms.argmax()], mean=P.mean(0), first=P[0])[reference]
+    similarity = inner @ ref / norms.clamp(min=torch.finfo(P.dtype).tiny)
+    return (similarity.abs() if absolute else similarity).argsort()
+
+
+def spectral_embedding(P, Q, d):
+    """Singular vectors 2 .. d + 1 of S (Eqs. 2, 3) for rows and columns of P Qᵀ: (m, d), (n, d)."""
+    (m, _), (n, _) = P.shape, Q.shape
+    lowest = min((part @ Q.T).min() for part in P.split(1024))          # in chunks: never m x n
+    P = torch.cat((P, -lowest.expand(m, 1)), 1)                         # ΔW - min ΔW = P Qᵀ, now
+    Q = torch.cat((Q, Q.new_ones(n, 1)), 1)
+    tiny = torch.finfo(P.dtype).tiny
+    D_r, D_c = P @ Q.sum(0), Q @ P.sum(0)                               # row and column sums
+    Q_P, R_P = torch.linalg.qr(P / D_r.clamp(min=tiny).sqrt()[:, None])
+    Q_Q, R_Q = torch.linalg.qr(Q / D_c.clamp(min=tiny).sqrt()[:, None])
+    U, _, Vh = torch.linalg.svd(R_P @ R_Q.T)                            # App. E: a small SVD
+    return Q_P @ U[:, 1:d + 1], Q_Q @ Vh[1:d + 1].T                     # the first pair is trivial
+
+
+def balanced_cut(order, k):
+    """Cluster of each of m features when their order is cut into k parts, equal to within one."""
+    clusters = torch.empty_like(order)
+    clusters[order] = torch.arange(len(order), device=order.device) * k // len(order)
+    return clusters
+
+
+def kmeans(X, k, steps=50):
+    """Lloyd's k-means, seeded as k-means++: X (m, d) -> (m,) clusters in 0 .. k - 1."""
+    centers = X[torch.randint(len(X), (1,))]
+    for _ in range(k - 1):
+        far = torch.cdist(X, centers).amin(1) ** 2
+        seed = torch.multinomial(far if far.sum() > 0 else torch.ones_like(far), 1)
+        centers = torch.cat((centers, X[seed]))
+    for _ in range(steps):
+        distance, clusters = torch.cdist(X, centers).min(1)
+        for j in range(k):
+            if not (clusters == j).any():       # empty: takes the point that is worst off elsewhere
+                alone = clusters.bincount(minlength=k)[clusters] == 1
+                clusters[distance.masked_fill(alone, -1).argmax()] = j
+        moved = torch.stack([X[clusters == j].mean(0) for j in range(k)])
+        if torch.equal(moved, centers):
+            break
+        centers = moved
+    return clusters
+
+
+def cluster(P, Q, k, strategy, reference="longest"):
+    """Clusters of the rows of P Qᵀ (m) and of its columns (n); a random partition where it is 0."""
+    absolute = strategy == "abs-cosine"
+    cosine = lambda P, Q: balanced_cut(cosine_order(P, Q, reference, absolute), k)
+    if strategy != "random" and not ((P.T @ P) @ (Q.T @ Q)).diagonal().sum() > 0:   # |P Qᵀ|²
+        warnings.warn("a stage left no update: the next clusters are random")
+        strategy = "random"
+    if strategy == "random":
+        return tuple(balanced_cut(torch.randperm(len(X)).to(X.device), k) for X in (P, Q))
+    if strategy in ("cosine", "abs-cosine"):
+        return cosine(P, Q), cosine(Q, P)
+    found = []
+    embeddings = spectral_embedding(P, Q, max(1, math.ceil(math.log2(k))))
+    for X, (L, R) in zip(embeddings, ((P, Q), (Q, P))):
+        clusters = kmeans(X, k)
+        if strategy != "spectral" and clusters.bincount(minlength=k).min() < len(X) / (2 * k):
+            balance1 = strategy == "spectral-balance1"
+            clusters = balanced_cut(X[:, 0].argsort(), k) if balance1 else cosine(L, R)     # Eq. 4
+        found.append(clusters)
+    return tuple(found)
+
+
+def expand(A, B, rows, columns, k):
+    """
+    The block-sparse factors of the whole update: (k R, i) and (o, k R), ΔW = their product.
+    rows (i) and columns (o) name the block of each input and each output feature. The inner axis
+    counts (n, j, p): input block, output block, rank; a block pair meets in the one p it owns.
+    """
+    each = torch.arange(k, device=A.device)
+    A = A * (rows == each[:, None])[:, None]                            # (n, R, i), R = (j, p)
+    B = B.unflatten(1, (k, 1, -1)) * (columns[:, None] == each)[:, None, :, None]   # (o, n, j, p)
+    return A.flatten(0, 1), B.flatten(1)
+
+
+class CPSLinear(nn.Module):
+    """y = x Wᵀ + bias + x̃ ΔWᵀ, x̃ = dropout(x), for x (..., i) -> (..., o)."""
+
+    def __init__(self, base, rank, dropout, k, strategy, reference):
+        super().__init__()
+        self.base, self.dropout, self.k = base, nn.Dropout(dropout), k
+        self.strategy, self.reference = strategy, reference
+        self.pretrained = None      # a copy of the first W, on the CPU, once a stage is merged
+        (o, i), W = base.weight.shape, base.weight
+        new = dict(device=W.device, dtype=torch.promote_types(W.dtype, torch.float32))
+        self.lora_A = nn.Parameter(torch.empty(rank, i, **new))
+        self.lora_B = nn.Parameter(torch.empty(o, rank, **new))
+        self.register_buffer("lora_rows", torch.empty(i, dtype=torch.long, device=W.device))
+        self.register_buffer("lora_columns", torch.empty(o, dtype=torch.long, device=W.device))
+        self.register_buffer("lora_merged_A", torch.empty(0, i, **new))     # of the stages so far,
+        self.register_buffer("lora_merged_B", torch.empty(o, 0, **new))     # expanded
+        self.start(*(balanced_cut(torch.randperm(n).to(W.device), k) for n in (i, o)))
+
+    @torch.no_grad()
+    def start(self, rows, columns):
+        """A stage on these clusters, with new factors (Alg. 1, lines 1 and 8)."""
+        self.lora_rows.copy_(rows)
+        self.lora_columns.copy_(columns)
+        each = torch.arange(self.k, device=rows.device)
+        fan_in = (rows == each[:, None]).sum(1)[rows]                   # (i), its cluster's size
+        self.lora_A.uniform_(-1, 1).div_(fan_in.sqrt())
+        self.lora_B.zero_()
+
+    def expanded(self):
+        return expand(self.lora_A, self.lora_B, self.lora_rows, self.lora_columns, self.k)
+
+    def forward(self, x):
+        A, B = (factor.to(x.dtype) for factor in self.expanded())
+        # Two plain products, (..., k r) inside, beat permuting x and y around a blockwise product up
+        # to k r = 256 (2048 x 2048, 512 tokens, 2 cores: 1.0 to 1.3 times LoRA against 1.4 to 1.5).
+        return self.base(x) + F.linear(F.linear(self.dropout(x), A), B)
+
+    def delta(self):
+        A, B = self.expanded()
+        return B @ A                                                    # (o, i), Eqs. 10, 11
+
+    def total(self):
+        """A, B of the whole update against the pretrained weight, this stage included."""
+        A, B = self.expanded()
+        return torch.cat((self.lora_merged_A, A)), torch.cat((self.lora_merged_B, B), 1)
+
+    def write(self, A, B):
+        """W = pretrained + B A, rounded once whatever the number of stages."""
+        W = self.base.weight
+        if self.pretrained is None:
+            self.pretrained = W.detach().to("cpu", copy=True)
+        W.copy_(self.pretrained.to(W.device, A.dtype) + B @ A)
+
+
+def find(model, targets):
+    """{name: nn.Linear} whose leaf name or dotted suffix is in targets; none may hit nothing."""
+    if not targets:
+        raise ValueError("no targets")
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    hits = {t: [name for name in linears if f".{name}".endswith(f".{t}")] for t in targets}
+    for target, names in hits.items():
+        if not names:
+            raise ValueError(f"target {target!r} matches no nn.Linear of the model")
+    hit = set().union(*hits.values())
+    return {name: m for name, m in linears.items() if name in hit}
+
+
+def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=2, strategy="cosine",
+           reference="longest"):
+    """
+    Freeze the model, wrap its targets in place. ValueError for an alpha (no scale is printed), a
+    bad target or strategy, a rank outside 1..min(in, out), or a k that does not divide it.
+    """
+    if alpha is not None:
+        raise ValueError("CPS-LoRA has no alpha: its update is not scaled (Eq. 8)")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+    model.requires_grad_(False)
+    for name, base in find(model, targets).items():
+        smaller = min(base.weight.shape)
+        if not 1 <= rank <= smaller:
+            raise ValueError(f"rank {rank} for {name}, expected 1 to {smaller}")
+        if not 1 <= k <= smaller or rank % k:
+            raise ValueError(f"k {k} for {name}, expected a divisor of rank {rank}, 1 to {smaller}")
+        parent, _, leaf = name.rpartition(".")
+        layer = CPSLinear(base, rank, dropout, k, strategy, reference)
+        setattr(model.get_submodule(parent), leaf, layer)
+
+
+def layers(model):
+    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "delta")}
+
+
+@torch.no_grad()
+def reinit(model, optimizer):
+    """The next stage (Alg. 1, lines 4 - 8): merge, cluster the merged update, start anew."""
+    for layer in layers(model).values():
+        A, B = layer.expanded()
+        layer.lora_merged_A, layer.lora_merged_B = layer.total()
+        layer.write(layer.lora_merged_A, layer.lora_merged_B)           # line 4
+        rows, columns = layer.lora_rows, layer.lora_columns
+        if layer.strategy != "none":
+            rows, columns = cluster(A.T, B, layer.k, layer.strategy, layer.reference)
+        layer.start(rows, columns)
+        for p in (layer.lora_A, layer.lora_B):
+            optimizer.state.pop(p, None)
+
+
+@torch.no_grad()
+def merge(model):
+    """Write every whole update into its weight, rounded once, and put the plain nn.Linear back."""
+    for name, layer in layers(model).items():
+        layer.write(*layer.total())
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.base)
+
+
+def factors(model):
+    """{name: (A (R, in), B (out, R))} of the update over all stages, R = stages · k r."""
+    return {name: tuple(f.detach() for f in layer.total()) for name, layer in layers(model).items()}
+
+
+@torch.no_grad()
+def restore(model, tensors):
+    """Give a freshly injected model the merged stages that `tensors` hold: {name: tensor}."""
+    for name, layer in layers(model).items():
+        for buffer in ("lora_merged_A", "lora_merged_B"):
+            if (saved := tensors.get(f"{name}.{buffer}")) is not None:
+                setattr(layer, buffer, saved.to(layer.lora_A))
+        if len(layer.lora_merged_A):
+            layer.write(layer.lora_merged_A, layer.lora_merged_B)

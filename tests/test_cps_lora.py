@@ -1,0 +1,368 @@
+"""What the CPS-LoRA paper says: its clustering in factored form, its stages, its examples."""
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import cps_lora as cps
+import gralora
+from conftest import trainable
+
+
+def agreement(found, truth, k=2):
+    """Share of features whose cluster is the true one, under the best naming of the clusters (k = 2)."""
+    same = (found == truth).double().mean().item()
+    return max(same, 1 - same)
+
+
+def low_rank(m, n, R, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(m, R).double(), torch.randn(n, R).double()
+
+
+# ------------------------------------------------------------------------------------ App. E: cosine
+
+@pytest.mark.parametrize("reference", ["longest", "mean", "first"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_cosine_order_is_that_of_the_dense_rows(reference, absolute):
+    P, Q = low_rank(40, 30, 5)
+    rows = (P @ Q.T).numpy()
+    norms = np.linalg.norm(rows, axis=1)
+    ref = dict(longest=rows[norms.argmax()], mean=rows.mean(0), first=rows[0])[reference]
+    cosine = rows @ ref / (norms * np.linalg.norm(ref))
+    want = np.argsort(np.abs(cosine) if absolute else cosine)
+    assert cps.cosine_order(P, Q, reference, absolute).tolist() == want.tolist()
+
+
+def test_a_row_of_zeros_is_like_none():
+    P, Q = low_rank(6, 5, 2)
+    P[3] = 0
+    assert sorted(cps.cosine_order(P, Q).tolist()) == list(range(6))
+
+
+# ------------------------------------------------------------------------------------ Eqs. 2, 3: spectral
+
+@pytest.mark.parametrize("m, n, R, d", [(40, 30, 5, 1), (30, 50, 4, 3), (9, 8, 8, 2)])
+def test_the_spectral_embedding_is_that_of_the_dense_matrix(m, n, R, d):
+    P, Q = low_rank(m, n, R)
+    dense = (P @ Q.T).numpy()
+    shifted = dense - dense.min()                                   # P of §3.3, the offset included
+    S = shifted / np.sqrt(shifted.sum(1))[:, None] / np.sqrt(shifted.sum(0))[None]      # Eq. 2
+    U, sigma, Vt = np.linalg.svd(S)                                 # Eq. 3
+    assert sigma[0] == pytest.approx(1) and abs(abs(U[:, 0] @ np.sqrt(shifted.sum(1) / shifted.sum())) - 1) < 1e-9
+    u, v = (x.numpy() for x in cps.spectral_embedding(P, Q, d))
+    assert u.shape == (m, d) and v.shape == (n, d)
+    for c in range(d):
+        sign = np.sign(u[:, c] @ U[:, c + 1])
+        np.testing.assert_allclose(sign * u[:, c], U[:, c + 1], atol=1e-9)
+        np.testing.assert_allclose(sign * v[:, c], Vt[c + 1], atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------ cutting, k-means
+
+@pytest.mark.parametrize("m, k, sizes", [(8, 2, [4, 4]), (10, 3, [4, 3, 3]), (5, 5, [1] * 5), (7, 1, [7]), (11, 4, [3, 3, 3, 2])])
+def test_a_balanced_cut_follows_the_order_in_equal_parts(m, k, sizes):
+    torch.manual_seed(0)
+    order = torch.randperm(m)
+    clusters = cps.balanced_cut(order, k)
+    assert clusters.bincount(minlength=k).tolist() == sizes
+    assert clusters[order].tolist() == sorted(clusters.tolist())
+
+
+def test_kmeans_finds_separate_groups_and_a_lloyd_fixed_point():
+    torch.manual_seed(0)
+    truth = torch.arange(60) % 3
+    X = torch.randn(60, 2).double() * 0.1 + torch.tensor([[0.0, 0], [5, 0], [0, 5]]).double()[truth]
+    found = cps.kmeans(X, 3)
+    assert all(len(found[truth == c].unique()) == 1 for c in range(3)) and len(found.unique()) == 3
+    centers = torch.stack([X[found == j].mean(0) for j in range(3)])
+    assert torch.equal(torch.cdist(X, centers).argmin(1), found)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kmeans_leaves_no_cluster_empty(seed):
+    torch.manual_seed(seed)
+    X = torch.zeros(12, 1).double()
+    X[0] = 1                                    # two distinct points, four clusters
+    assert cps.kmeans(X, 4).bincount(minlength=4).min() >= 1
+    assert cps.kmeans(torch.randn(4, 2).double(), 4).unique().numel() == 4      # one-row clusters
+
+
+# ------------------------------------------------------------------------------------ what the strategies find
+
+def checkerboard(n=64, seed=0):
+    """Blocks of different mean plus noise, rank 4 in all, rows and columns shuffled; and the truth."""
+    torch.manual_seed(seed)
+    rows, columns = (torch.arange(n) % 2)[torch.randperm(n)], (torch.arange(n) % 2)[torch.randperm(n)]
+    means = torch.tensor([[2.0, 0.5], [0.3, 1.5]]).double()
+    left, right = torch.eye(2).double()[rows] @ means, torch.eye(2).double()[columns]
+    noise = 0.1 * torch.randn(n, 2).double(), torch.randn(n, 2).double()
+    return torch.cat((left, noise[0]), 1), torch.cat((right, noise[1]), 1), rows, columns
+
+
+@pytest.mark.parametrize("strategy", ["cosine", "spectral", "spectral-balance1", "spectral-balance2", "abs-cosine"])
+def test_a_planted_checkerboard_of_block_means_is_recovered(strategy):
+    for seed in range(3):
+        P, Q, rows, columns = checkerboard(seed=seed)
+        found = cps.cluster(P, Q, 2, strategy)
+        assert agreement(found[0], rows) == agreement(found[1], columns) == 1.0
+
+
+def test_random_does_not_recover_it():
+    P, Q, rows, _ = checkerboard()
+    torch.manual_seed(0)
+    assert np.mean([agreement(cps.cluster(P, Q, 2, "random")[0], rows) for _ in range(20)]) < 0.65
+
+
+def orthogonal_blocks(n=64, r=4, seed=0, signs=True):
+    """Proposition 2's update: four blocks in mutually orthogonal subspaces, of mean about zero; rows, columns shuffled."""
+    torch.manual_seed(seed)
+    A = torch.linalg.qr(torch.randn(n // 2, 4 * r).double())[0].split(r, 1)
+    B = torch.linalg.qr(torch.randn(n // 2, 4 * r).double())[0].split(r, 1)
+    dense = torch.cat([torch.cat([A[0] @ B[0].T, A[2] @ B[2].T], 1), torch.cat([A[1] @ B[1].T, A[3] @ B[3].T], 1)])
+    return dense, A, B
+
+
+def test_zero_mean_orthogonal_blocks_are_found_by_abs_cosine_alone():
+    """Rank-1 blocks: two rows of one block row are parallel or opposite, of different ones orthogonal (Prop. 2's form)."""
+    scores = {strategy: [] for strategy in cps.STRATEGIES if strategy != "none"}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        n = 64
+        A = torch.linalg.qr(torch.randn(n // 2, 4).double())[0]
+        B = torch.linalg.qr(torch.randn(n // 2, 4).double())[0]
+        zero = torch.zeros(n // 2).double()
+        P = torch.stack([torch.cat((A[:, 0], zero)), torch.cat((zero, A[:, 1])), torch.cat((A[:, 0], zero)), torch.cat((zero, A[:, 1]))], 1)
+        Q = torch.stack([torch.cat((B[:, 0], zero)), torch.cat((B[:, 1], zero)), torch.cat((zero, B[:, 2])), torch.cat((zero, B[:, 3]))], 1)
+        shuffle = torch.randperm(n)
+        truth = (torch.arange(n) >= n // 2).long()[shuffle]
+        for strategy, found in scores.items():
+            found.append(agreement(cps.cluster(P[shuffle], Q, 2, strategy)[0], truth))
+    assert np.mean(scores["abs-cosine"]) == 1.0
+    assert all(np.mean(found) < 0.85 for strategy, found in scores.items() if strategy != "abs-cosine"), scores
+
+
+def test_skewed_clusters_fall_back_to_a_balanced_cut():
+    P, Q, _, _ = checkerboard()
+    P[:, :2] = torch.tensor([[2.0, 0.5], [0.3, 1.5]]).double()[(torch.arange(64) < 4).long()]      # 60 rows alike, 4 others
+    skewed = cps.cluster(P, Q, 2, "spectral")[0].bincount(minlength=2)
+    assert skewed.min() < 16
+    order = cps.spectral_embedding(P, Q, 1)[0][:, 0].argsort()
+    assert torch.equal(cps.cluster(P, Q, 2, "spectral-balance1")[0], cps.balanced_cut(order, 2))                # Eq. 4
+    assert torch.equal(cps.cluster(P, Q, 2, "spectral-balance2")[0], cps.balanced_cut(cps.cosine_order(P, Q), 2))
+
+
+def test_a_stage_without_an_update_falls_back_to_a_random_partition_and_says_so():
+    for strategy in cps.STRATEGIES[:4]:
+        with pytest.warns(UserWarning, match="left no update: the next clusters are random"):
+            rows, columns = cps.cluster(torch.zeros(10, 4), torch.randn(12, 4), 2, strategy)
+        assert rows.bincount().tolist() == [5, 5] and columns.bincount().tolist() == [6, 6]
+    model = nn.Sequential(nn.Linear(12, 10))
+    cps.inject(model, ("0",), 4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.warns(UserWarning, match="left no update"):
+        cps.reinit(model, optimizer)
+    assert model(torch.randn(3, 12)).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------ the layer: Eqs. 5 - 11
+
+def layer(k=2, rank=6, rows=None, columns=None, i=14, o=10):
+    torch.manual_seed(0)
+    ours = cps.CPSLinear(nn.Linear(i, o), rank, 0.0, k, "cosine", "longest").double()
+    nn.init.normal_(ours.lora_B)
+    if rows is not None:
+        ours.lora_rows.copy_(torch.tensor(rows))
+        ours.lora_columns.copy_(torch.tensor(columns))
+    return ours
+
+
+UNEQUAL = dict(rows=[0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1], columns=[1, 0, 0, 0, 0, 0, 0, 0, 0, 0])     # 3 + 11, 9 + 1
+
+
+@pytest.mark.parametrize("sizes", [{}, UNEQUAL])
+def test_eq_8_by_loops_with_the_permutations_as_printed(sizes):
+    """x' = x[:, π_r], y'_j = Σ_i x'[I_i] (G_l + A_l B_l), y = y'[:, π_c⁻¹], also for unequal clusters (App. D)."""
+    ours, x, k, p = layer(**sizes), torch.randn(5, 14).double(), 2, 3
+    W = ours.base.weight.T                                                      # the paper's W (m in, n out)
+    pi_r, pi_c = ours.lora_rows.argsort(stable=True), ours.lora_columns.argsort(stable=True)
+    I = ours.lora_rows[pi_r]
+    J = ours.lora_columns[pi_c]
+    W_, x_ = W[pi_r][:, pi_c], x[:, pi_r]                                       # Eqs. 5, 7
+    y_ = torch.zeros(5, 10).double()
+    for j in range(k):
+        for i in range(k):
+            G = W_[I == i][:, J == j]                                           # Eq. 6
+            A_l = ours.lora_A[j * p:(j + 1) * p][:, pi_r][:, I == i].T          # (|I_i|, r')
+            B_l = ours.lora_B[pi_c][J == j][:, i * p:(i + 1) * p].T             # (r', |J_j|)
+            y_[:, J == j] += x_[:, I == i] @ (G + A_l @ B_l)                    # Eq. 8
+    y = y_[:, pi_c.argsort()] + ours.base.bias                                  # Eq. 9
+    torch.testing.assert_close(ours(x), y)
+    torch.testing.assert_close(ours.delta().T, torch.linalg.lstsq(torch.eye(14).double(), ours(torch.eye(14).double())
+                                                                  - ours.base(torch.eye(14).double())).solution)
+
+
+def test_contiguous_clusters_are_gralora():
+    """The two files differ in where the blocks are: with contiguous clusters and α = r they are one method."""
+    ours = layer(k=2, rank=6, i=16, o=12)
+    ours.lora_rows.copy_(gralora.contiguous(16, 2))
+    ours.lora_columns.copy_(gralora.contiguous(12, 2))
+    theirs = gralora.GraLoRALinear(ours.base, 6, 6, 0.0, 2, 0).double()
+    with torch.no_grad():
+        theirs.lora_A.copy_(ours.lora_A)
+        theirs.lora_B.copy_(ours.lora_B)
+    x = torch.randn(4, 16).double()
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_the_first_partition_is_random_and_balanced():
+    torch.manual_seed(0)
+    a, b = (cps.CPSLinear(nn.Linear(40, 30), 4, 0.0, 2, "cosine", "longest") for _ in range(2))
+    for one in (a, b):
+        assert one.lora_rows.bincount().tolist() == [20, 20] and one.lora_columns.bincount().tolist() == [15, 15]
+    assert not torch.equal(a.lora_rows, b.lora_rows)
+
+
+def test_a_is_kaiming_uniform_with_its_clusters_size_as_fan_in_and_b_zero():
+    ours = cps.CPSLinear(nn.Linear(2000, 40), 20, 0.0, 2, "cosine", "longest")
+    ours.start((torch.arange(2000) >= 400).long(), ours.lora_columns)
+    for part, size in ((ours.lora_A[:, :400], 400), (ours.lora_A[:, 400:], 1600)):
+        bound = 1 / math.sqrt(size)
+        assert 0.99 * bound < part.abs().max() <= bound and abs(part.std() * math.sqrt(3) / bound - 1) < 0.02
+    assert not ours.lora_B.any()
+
+
+def test_the_parameter_count_is_loras_whatever_k():
+    assert {trainable("cps_lora", "LLaMA3-8B", "attention", 8, k=k) for k in (1, 2, 4)} == {6_815_744}
+
+
+@pytest.mark.parametrize("own, message", [(dict(k=4), "k 4 for 0, expected a divisor of rank 6"), (dict(k=0), "k 0 for 0"),
+                                          (dict(strategy="x"), "strategy 'x', expected one of cosine")])
+def test_bad_settings(own, message):
+    with pytest.raises(ValueError, match=message):
+        cps.inject(nn.Sequential(nn.Linear(20, 24)), ("0",), 6, **own)
+    with pytest.raises(ValueError, match="no alpha"):
+        cps.inject(nn.Sequential(nn.Linear(20, 24)), ("0",), 6, alpha=12)
+
+
+# ------------------------------------------------------------------------------------ stages: Alg. 1
+
+def trained(strategy="cosine", stages=1, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 20).to(dtype))
+    W = model[0].weight.detach().clone()
+    cps.inject(model, ("0",), 4, strategy=strategy)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(stages):
+        model(torch.randn(6, 24, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+        nn.init.normal_(model[0].lora_B, 0, 0.1)
+    return model, optimizer, W
+
+
+def test_a_reinit_merges_clusters_and_starts_anew():
+    model, optimizer, W = trained()
+    layer = model[0]
+    delta, A, rows = layer.delta().detach(), layer.lora_A.detach().clone(), layer.lora_rows.clone()
+    group = [id(p) for p in optimizer.param_groups[0]["params"]]
+    want = cps.cluster(*(f.detach() for f in (layer.expanded()[0].T, layer.expanded()[1])), 2, "cosine")
+    cps.reinit(model, optimizer)
+    torch.testing.assert_close(layer.base.weight, W + delta)                    # line 4
+    assert torch.equal(layer.lora_rows, want[0]) and torch.equal(layer.lora_columns, want[1])       # line 5
+    assert not torch.equal(layer.lora_rows, rows)
+    assert not torch.equal(layer.lora_A, A) and not layer.lora_B.any()          # line 8
+    assert not optimizer.state and [id(p) for p in optimizer.param_groups[0]["params"]] == group
+
+
+def test_only_the_stage_that_ended_is_clustered():
+    model, optimizer, _ = trained()
+    cps.reinit(model, optimizer)
+    nn.init.normal_(model[0].lora_B)
+    A, B = (f.detach() for f in model[0].expanded())
+    want = cps.cluster(A.T, B, 2, "cosine")
+    cps.reinit(model, optimizer)
+    assert torch.equal(model[0].lora_rows, want[0]) and torch.equal(model[0].lora_columns, want[1])
+
+
+def test_strategy_none_keeps_the_partition_and_still_merges():
+    model, optimizer, W = trained("none")
+    rows, delta = model[0].lora_rows.clone(), model[0].delta().detach()
+    cps.reinit(model, optimizer)
+    assert torch.equal(model[0].lora_rows, rows)
+    torch.testing.assert_close(model[0].base.weight, W + delta)
+
+
+@pytest.mark.parametrize("strategy", cps.STRATEGIES)
+def test_every_strategy_leaves_the_function_and_partitions_everything(strategy):
+    model, optimizer, _ = trained(strategy)
+    x = torch.randn(3, 24, dtype=torch.float64)
+    for _ in range(3):
+        nn.init.normal_(model[0].lora_B)
+        y = model(x)
+        cps.reinit(model, optimizer)
+        torch.testing.assert_close(model(x), y)
+        assert model[0].lora_rows.unique().tolist() == model[0].lora_columns.unique().tolist() == [0, 1]
+
+
+# ------------------------------------------------------------------------------------ §3.2, App. A - D
+
+def rank(M):
+    return torch.linalg.matrix_rank(M).item()
+
+
+def test_propositions_1_and_2_the_same_parameters_reach_twice_the_rank():
+    n, r = 64, 4
+    dense, A, B = orthogonal_blocks(n, r)
+    assert rank(dense) == 4 * r                                                 # Prop. 2
+    local = sum(a.numel() + b.numel() for a, b in zip(A, B))
+    torch.manual_seed(0)
+    left, right = torch.randn(n, 2 * r).double(), torch.randn(2 * r, n).double()
+    assert local == left.numel() + right.numel() == 4 * n * r and rank(left @ right) == 2 * r       # Prop. 1, Comment 1
+
+
+def test_our_layer_reaches_proposition_2s_rank():
+    assert rank(layer(k=2, rank=4, i=40, o=48).delta()) == 8                    # 2 r, where LoRA of equal size has r
+
+
+@pytest.mark.parametrize("shared, lost", [("A1 A3", True), ("B1 B2", True), ("A1 A2", False), ("B1 B3", False)])
+def test_appendix_c_what_side_by_side_or_stacked_blocks_share_is_lost(shared, lost):
+    """[[A1 B1, A3 B3], [A2 B2, A4 B4]]: A1, A3 lie side by side, B1, B2 stand on each other; A1, A2 share nothing there."""
+    n, r, s = 64, 4, 2
+    _, A, B = orthogonal_blocks(n, r)
+    blocks = {f"{name}{j + 1}": list_[j].clone() for name, list_ in (("A", A), ("B", B)) for j in range(4)}
+    one, other = shared.split()
+    blocks[other][:, :s] = blocks[one][:, :s]
+    product = lambda j: blocks[f"A{j}"] @ blocks[f"B{j}"].T
+    dense = torch.cat([torch.cat([product(1), product(3)], 1), torch.cat([product(2), product(4)], 1)])
+    assert rank(dense) == 4 * r - s * lost
+
+
+def test_appendix_d_ranks_add_up_for_blocks_of_any_size():
+    torch.manual_seed(0)
+    sizes_m, sizes_n, ranks = (10, 22), (12, 16), ((1, 4), (2, 3))
+    dense = torch.cat([torch.cat([torch.randn(m, ranks[a][b]).double() @ torch.randn(ranks[a][b], n).double()
+                                  for b, n in enumerate(sizes_n)], 1) for a, m in enumerate(sizes_m)])
+    assert rank(dense) == 1 + 4 + 2 + 3
+    ours = layer(k=2, rank=4, **UNEQUAL).delta()        # ours: 3 + 11 rows, 9 + 1 columns, blocks of rank 2
+    assert rank(ours) == 2 + 2 + 1                      # the two blocks of the one-column cluster share its one dimension
+
+
+def test_figure_6_half_the_parameters_for_the_same_error():
+    """n = 256 and r = 16: four orthogonal blocks of rank r. Locally 4 n r parameters, globally 8 n r, for error 0."""
+    n, r = 256, 16
+    dense, A, B = orthogonal_blocks(n, r)
+    error = lambda X: (dense - X).norm().item() / dense.norm().item()
+    half = n // 2
+    local = torch.zeros(n, n).double()
+    for a in (0, half):
+        for b in (0, half):
+            U, S, Vh = torch.linalg.svd(dense[a:a + half, b:b + half])
+            local[a:a + half, b:b + half] = U[:, :r] * S[:r] @ Vh[:r]
+    U, S, Vh = torch.linalg.svd(dense)
+    globally = lambda R: U[:, :R] * S[:R] @ Vh[:R]
+    budget = 4 * n * r
+    assert error(local) < 1e-9 and 4 * r * (half + half) == budget
+    assert error(globally(budget // (2 * n))) > 0.6 and error(globally(4 * r)) < 1e-9       # twice the budget
