@@ -45,7 +45,7 @@ def load_method(name):
 
 @contextmanager
 def new_directory(path):
-    """Yields a directory beside `path` to fill, which takes its place at the end; an exception leaves `path` as it was."""
+    """Yields a directory to fill, which takes the place of `path` at the end; an exception leaves `path` as it was."""
     path = Path(path)
     part, old = (path.with_name(f".{path.name}.{end}-{os.getpid()}") for end in ("part", "old"))
     part.mkdir(parents=True)
@@ -73,7 +73,7 @@ def write_json(file, obj):
 # ------------------------------------------------------------------------------------ adapter
 
 def adapter_tensors(model):
-    """{name: tensor}: every lora_ parameter and buffer, and whatever else trains (a classifier head; all, for `full`)."""
+    """{name: tensor}: every lora_ parameter and buffer, and what else trains (a classifier head; all, for `full`)."""
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     return {name: t for name, t in model.state_dict().items()
             if name.rpartition(".")[2].startswith("lora_") or name in trains}
@@ -94,7 +94,7 @@ def save_adapter(directory, model, record):
 
 def load_adapter(model, directory):
     """
-    Injects the method that adapter_config.json names into a freshly loaded model and fills it. Returns (method, record).
+    Injects the method that adapter_config.json names into a freshly loaded model, fills it -> (method, record).
     ValueError names the file and the tensor; the model is of no use after it.
     """
     config, file = Path(directory, "adapter_config.json"), Path(directory, "adapter_model.safetensors")
@@ -109,7 +109,10 @@ def load_adapter(model, directory):
     method.inject(model, tuple(record["targets"]), record["rank"], record.get("alpha"), record.get("dropout", 0.0),
                   **record.get("own", {}))
     if hasattr(method, "restore"):
-        method.restore(model, tensors)
+        try:
+            method.restore(model, tensors)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
     expected = adapter_tensors(model)
     head = {name: t for name, t in model.state_dict().items() if name.startswith("classifier.")}
     if getattr(model, "fresh_head", False) or tensors.keys() & head.keys():
@@ -153,7 +156,8 @@ def save_merged(directory, model, source):
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         for name, shard in zip(names, shards):
-            save_file({key: t.contiguous().cpu() for key, t in shard.items()}, str(part / name), metadata={"format": "pt"})
+            shard = {key: t.contiguous().cpu() for key, t in shard.items()}
+            save_file(shard, str(part / name), metadata={"format": "pt"})
         if len(shards) > 1:
             write_json(part / "model.safetensors.index.json", {
                 "metadata": {"total_size": sum(t.nbytes for t in weights.values())},

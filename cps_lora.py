@@ -1,13 +1,13 @@
 """
-CPS-LoRA: Localized Low-Rank Adaptation within Clustered Parameter Subspaces (ACL 2026)
-Official code: none.
+CPS-LoRA: Localized Low-Rank Adaptation within Clustered Parameter Subspaces (Xiong et al., ACL
+2026). Official code: none.
 
 Like GraLoRA a k x k grid of local low-rank pairs with LoRA's parameter count, but the blocks are
 clusters of rows and of columns, and they move. Training runs in stages: after each, the update is
 merged into W, its rows and columns are clustered by likeness, and new pairs start on new blocks.
 A stage needs time: its B starts at 0 and its Adam moments empty, at whatever rate the schedule has.
 
-    W_t = W_{t-1} + ΔW_{t-1},    ΔW[I_n, J_j] = A_l B_l  for clusters n, j = 1..k   (Eqs. 6, 10)
+    W_t = W_{t-1} + ΔW_{t-1},  ΔW[I_n, J_j] = A_l B_l,  n, j = 1..k,  l = n + k (j - 1)   (Eq. 10)
 
 Notation (paper, y = x W  ->  here, y = x Wᵀ: its rows are input features, its columns output ones):
     m, n      i, o          input and output features
@@ -18,12 +18,13 @@ Notation (paper, y = x W  ->  here, y = x Wᵀ: its rows are input features, its
     π_r, π_c  orders of the features, here only cut into clusters: no weight is permuted (App. K.2)
 
 Differs from the paper: W is formed from the pretrained weight and all stages' factors and rounded
-    once. App. E: its A, B are App. A's expanded factors; Eq. 2's scaling by D, left out there, is
-    in; products of rows are A (B r_refᵀ), and diag(A (B Bᵀ) Aᵀ) holds squared norms.
+    once; factors() is the sum of all stages, where Alg. 1 returns the last one's update. App. E:
+    its A, B are App. A's expanded factors; Eq. 2's scaling by D, left out there, is in; the
+    products of rows are A (B r_refᵀ), and diag(A (B Bᵀ) Aᵀ) holds squared norms.
     u, v of Eq. 4 are the second singular pair (§3.3; §4.2's "dominant" is a slip).
-Left open by the paper: A's init, Kaiming-uniform with its row cluster as fan-in; the reference of
-    the cosine, the longest vector; d = max(1, ⌈log2 k⌉), and k-means for each side; "imbalanced", a
-    cluster under half of the equal share; ΔW, that of the stage that ended. No scale; dropout 0.
+Left open by the paper: the fan-in of A's Kaiming init, its row cluster; the values at a re-init,
+    the same again; the cosine's reference, the longest vector; d = max(1, ⌈log2 k⌉), k-means for
+    each side apart; "imbalanced", a cluster under half of the equal share; dropout, 0.
     The printed strategies find blocks of different mean. Blocks of mean zero in orthogonal
     subspaces (Prop. 2) look alike to them; `abs-cosine`, ours, tells those apart.
 """
@@ -95,7 +96,7 @@ def kmeans(X, k, steps=50):
 
 
 def cluster(P, Q, k, strategy, reference="longest"):
-    """Clusters of the rows of P Qᵀ (m) and of its columns (n); a random partition where it is 0."""
+    """Clusters of the rows of P Qᵀ (m) and of its columns (n); both random where P Qᵀ is 0."""
     absolute = strategy == "abs-cosine"
     cosine = lambda P, Q: balanced_cut(cosine_order(P, Q, reference, absolute), k)
     if strategy != "random" and not ((P.T @ P) @ (Q.T @ Q)).diagonal().sum() > 0:   # |P Qᵀ|²
@@ -161,8 +162,8 @@ class CPSLinear(nn.Module):
 
     def forward(self, x):
         A, B = (factor.to(x.dtype) for factor in self.expanded())
-        # Two plain products, (..., k r) inside, beat permuting x and y around a blockwise product up
-        # to k r = 256 (2048 x 2048, 512 tokens, 2 cores: 1.0 to 1.3 times LoRA against 1.4 to 1.5).
+        # Two plain products, (..., k r) inside, beat permuting x and y around a blockwise product
+        # up to k r = 256 (2048², 512 tokens, 2 cores: 1.0 to 1.3 times LoRA, against 1.4 to 1.5).
         return self.base(x) + F.linear(F.linear(self.dropout(x), A), B)
 
     def delta(self):
@@ -203,15 +204,18 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=2, strategy="cosi
     """
     if alpha is not None:
         raise ValueError("CPS-LoRA has no alpha: its update is not scaled (Eq. 8)")
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+    for flag, value in (("strategy", strategy), ("reference", reference)):
+        if value not in DEFAULTS[flag][2]:
+            raise ValueError(f"{flag} {value!r}, expected one of {', '.join(DEFAULTS[flag][2])}")
     model.requires_grad_(False)
-    for name, base in find(model, targets).items():
+    found = find(model, targets)
+    for name, base in found.items():
         smaller = min(base.weight.shape)
         if not 1 <= rank <= smaller:
             raise ValueError(f"rank {rank} for {name}, expected 1 to {smaller}")
         if not 1 <= k <= smaller or rank % k:
             raise ValueError(f"k {k} for {name}, expected a divisor of rank {rank}, 1 to {smaller}")
+    for name, base in found.items():
         parent, _, leaf = name.rpartition(".")
         layer = CPSLinear(base, rank, dropout, k, strategy, reference)
         setattr(model.get_submodule(parent), leaf, layer)
@@ -225,13 +229,13 @@ def layers(model):
 def reinit(model, optimizer):
     """The next stage (Alg. 1, lines 4 - 8): merge, cluster the merged update, start anew."""
     for layer in layers(model).values():
-        A, B = layer.expanded()
-        layer.lora_merged_A, layer.lora_merged_B = layer.total()
-        layer.write(layer.lora_merged_A, layer.lora_merged_B)           # line 4
+        A, B = layer.expanded()                                         # line 4: ΔW_{t-1} = B A
         rows, columns = layer.lora_rows, layer.lora_columns
         if layer.strategy != "none":
-            rows, columns = cluster(A.T, B, layer.k, layer.strategy, layer.reference)
-        layer.start(rows, columns)
+            rows, columns = cluster(A.T, B, layer.k, layer.strategy, layer.reference)       # line 5
+        layer.lora_merged_A, layer.lora_merged_B = layer.total()
+        layer.write(layer.lora_merged_A, layer.lora_merged_B)           # line 6, without its order
+        layer.start(rows, columns)                                      # lines 7, 8
         for p in (layer.lora_A, layer.lora_B):
             optimizer.state.pop(p, None)
 
@@ -252,10 +256,13 @@ def factors(model):
 
 @torch.no_grad()
 def restore(model, tensors):
-    """Give a freshly injected model the merged stages that `tensors` hold: {name: tensor}."""
+    """Give a freshly injected model the merged stages in `tensors`; ValueError if none fit."""
     for name, layer in layers(model).items():
-        for buffer in ("lora_merged_A", "lora_merged_B"):
-            if (saved := tensors.get(f"{name}.{buffer}")) is not None:
-                setattr(layer, buffer, saved.to(layer.lora_A))
-        if len(layer.lora_merged_A):
+        A, B = (tensors.get(f"{name}.lora_merged_{x}") for x in "AB")
+        o, i = layer.base.weight.shape
+        if A is None or B is None or A.shape != (B.shape[-1], i) or B.shape != (o, len(A)):
+            raise ValueError(f"tensors {name}.lora_merged_A and _B are missing or not for {o} x "
+                             f"{i}")
+        layer.lora_merged_A, layer.lora_merged_B = A.to(layer.lora_A), B.to(layer.lora_A)
+        if len(A):
             layer.write(layer.lora_merged_A, layer.lora_merged_B)

@@ -1,5 +1,5 @@
 """
-Evaluation: the prompt template, batched greedy generation, likelihood of choices. train.py calls it; it also runs alone.
+Evaluation: the prompt template, batched greedy generation, likelihood of choices. train.py calls it; it runs alone, too.
 
     python evaluate.py --model DIR [--adapter DIR] --task boolq --data DIR --limit 100
 """
@@ -148,7 +148,8 @@ def test_rows(module, sets, directory, limit=None):
 def check_kind(model, module):
     """ValueError where the task needs another kind of model: a RoBERTa classifier generates nothing."""
     if (module.KIND == "classify") != hasattr(model, "classifier"):
-        raise ValueError(f"model_type {model.cfg.model_type!r} does not fit {module.FAMILY!r}, whose kind is {module.KIND!r}")
+        raise ValueError(f"model_type {model.cfg.model_type!r} does not fit task family {module.FAMILY!r}, "
+                         f"whose kind is {module.KIND!r}")
 
 
 @contextmanager
@@ -169,8 +170,8 @@ def example(tokenizer, row, text=None):
 
 def evaluate(model, tokenizer, module, rows, file=None):
     """
-    Every measure of one set, {"accuracy", "loss"[, "likelihood", "majority"]}: accuracy by generation; nats per token of
-    the right outputs, EOS included; accuracy of the likeliest choice, and of always saying the commonest answer.
+    Every measure of one set, {"accuracy", "loss"[, "likelihood", "majority"]}: accuracy by generation; nats per token
+    of the right outputs, EOS included; accuracy of the likeliest choice, and of always saying the commonest answer.
     Writes one JSON line a row to `file`: prompt, output, extracted, answer, correct[, chosen].
     """
     with eval_mode(model):
@@ -205,8 +206,9 @@ def evaluate_sets(model, tokenizer, module, sets, name_file=lambda name: None):
     table = {}
     for name, rows in sets.items():
         result = evaluate(model, tokenizer, module, rows, name_file(name))
-        print(f"{Path(name).stem:16}" + "  ".join(f"{k} {v:.4f}" if k == "loss" else f"{k} {v:6.1%}" for k, v in result.items())
-              + f"  ({len(rows)} rows)", flush=True)
+        cells = (f"{measure} {value:.4f}" if measure == "loss" else f"{measure} {value:6.1%}"
+                 for measure, value in result.items())
+        print(f"{Path(name).stem:16}{'  '.join(cells)}  ({len(rows)} rows)", flush=True)
         for measure, value in result.items():
             table.setdefault(measure, {})[name] = value
     return {measure: {"mean": sum(values.values()) / len(values), **values} for measure, values in table.items()}

@@ -3,8 +3,9 @@ GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning (Jung 
 2025), arXiv 2505.20355. Official code: https://github.com/SqueezeBits/GraLoRA
 
 The update is cut into a k x k grid of blocks, and every block gets a low-rank pair of its own. That
-is LoRA's parameters and FLOPs (§3.4), but rank k r, and an outlier among the input channels reaches
-only the gradients of the k blocks that see it (§3.3). Part of r may stay plain LoRA (§3.5).
+is LoRA's parameters and FLOPs (§3.4), but its rank is up to k (r - h) + h (§3.2), and an outlier
+among the input channels reaches only the gradients of the k blocks that see it (§3.3). A part h of
+the rank may stay plain LoRA (§3.5).
 
     W' = W + (α / r) ([B_jn A_jn] over output blocks j and input blocks n = 1..k  +  B_g A_g)
 
@@ -16,9 +17,10 @@ Notation (paper -> here):
     B_jn      lora_B[j-th o/k rows, n-th p columns]     of lora_B (o, R)   (Eq. 5)
     (§3.5)    lora_A_general (h, i), lora_B_general (o, h), where h is --hybrid
 
-Differs from the paper: Eq. 1 swaps M and N; M is the output size, as in all that follows it. Fig. 5
-    puts A_ij at block row i + (j - 1) k, which is outside; it belongs at block (j, j + (i - 1) k).
-Differs from the official code: one dropout mask for both parts, not two; merging is there.
+Differs from the paper: §2.1's text calls M the input size; in Eq. 1 and all that follows it is the
+    output size. §3.2 puts A_ij at (i + (j - 1) k, j), which is outside; it belongs at block
+    (j, j + (i - 1) k). B_GraLoRA, printed N x kr, is M x kr.
+Differs from the official code: one dropout mask for both parts, not two; `merge` is provided.
     peft's r is our rank - hybrid, its gralora_A our lora_A.unflatten(1, (k, -1)).permute(1, 2, 0),
     its gralora_B our lora_B.unflatten(0, (k, -1)).mT.
 Left open by the paper: A's init; Kaiming-uniform per block (fan-in i/k), as in the official code.
@@ -77,13 +79,13 @@ class GraLoRALinear(nn.Module):
     def forward(self, x):
         k, A, B = self.k, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         y, x = self.base(x), self.dropout(x)
-        h = torch.einsum("...ni,rni->...nr", x.unflatten(-1, (k, -1)), A.unflatten(1, (k, -1)))
-        h = h.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)      # (..., n, R) -> (..., j, R)
-        h = torch.einsum("...jr,jor->...jo", self.scaling * h, B.unflatten(0, (k, -1)))
-        y = y + h.flatten(-2)                                           # (..., o)
+        z = torch.einsum("...ni,rni->...nr", x.unflatten(-1, (k, -1)), A.unflatten(1, (k, -1)))
+        z = z.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)      # (..., n, R) -> (..., j, R)
+        z = torch.einsum("...jr,jor->...jo", self.scaling * z, B.unflatten(0, (k, -1)))
+        y = y + z.flatten(-2)                                           # (..., o)
         if hasattr(self, "lora_A_general"):
-            h = F.linear(x, self.lora_A_general.to(x.dtype))            # (..., h)
-            y = y + F.linear(self.scaling * h, self.lora_B_general.to(x.dtype))
+            z = F.linear(x, self.lora_A_general.to(x.dtype))            # (..., h)
+            y = y + F.linear(self.scaling * z, self.lora_B_general.to(x.dtype))
         return y
 
     def factors(self):
@@ -121,15 +123,17 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=2, hybrid=0):
     model.requires_grad_(False)
     alpha = 2 * rank if alpha is None else alpha                        # §4.1: α = 2r
     k = k or blocks_for(rank)
-    if not 0 <= hybrid < max(rank, 1):
+    if not 0 <= hybrid < max(rank, 1):                                  # rank < 1 is reported below
         raise ValueError(f"hybrid {hybrid} of rank {rank}, expected 0 to {rank - 1}")
-    for name, base in find(model, targets).items():
+    found = find(model, targets)
+    for name, base in found.items():
         o, i = base.weight.shape
         if not 1 <= rank <= min(o, i):
             raise ValueError(f"rank {rank} for {name}, expected 1 to {min(o, i)}")
         for what, size in (("rank - hybrid", rank - hybrid), ("in", i), ("out", o)):
             if k < 1 or size % k:
                 raise ValueError(f"k {k} does not divide {what} = {size} of {name}")
+    for name, base in found.items():
         parent, _, leaf = name.rpartition(".")
         layer = GraLoRALinear(base, rank, alpha, dropout, k, hybrid)
         setattr(model.get_submodule(parent), leaf, layer)

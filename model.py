@@ -38,8 +38,9 @@ def targets_of(model, targets):
     found = named.get(targets) or tuple(re.findall(r"[\w.]+", targets))
     if not found:
         raise ValueError(f"targets {targets!r}, expected {', '.join(named)}, or module names: q_proj,v_proj")
-    for head in ("lm_head", "classifier.dense", "classifier.out_proj"):
-        if any(f".{head}".endswith(f".{name}") for name in found) and head.partition(".")[0] in dict(model.named_children()):
+    heads = ("classifier.dense", "classifier.out_proj") if hasattr(model, "classifier") else ("lm_head",)
+    for head in heads:
+        if any(f".{head}".endswith(f".{name}") for name in found):
             raise ValueError(f"targets {targets!r} match the head, {head}, which is not adapted")
     return found
 
@@ -334,8 +335,8 @@ def read_config(c, num_labels=None):
     kind = c.get("model_type")
     if kind not in TARGETS:
         raise ValueError(f"model_type {kind!r}, expected one of {', '.join(TARGETS)}")
-    act, expected = c.get("hidden_act", "gelu" if kind == "roberta" else "silu"), "gelu" if kind == "roberta" else "silu"
-    if act != expected:
+    expected = "gelu" if kind == "roberta" else "silu"
+    if (act := c.get("hidden_act", expected)) != expected:
         raise ValueError(f"hidden_act {act!r}, expected {expected!r} for {kind}")
     needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     needed += ["max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob",

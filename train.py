@@ -48,15 +48,15 @@ for _model, _task, _rates in [
         ("qwen2.5-1.5b", "code", {"cps_lora": 6e-5, "pissa": 4.5e-5, "gralora": 5e-5, "": 4e-5}),
         ("llama2-13b", "commonsense", {"cps_lora": 1e-4, "pissa": 2e-4, "": 1e-4}),
         ("llama2-13b", "math", {"cps_lora": 1e-4, "": 3e-4})]:
-    PRESETS[f"cps-{_task}-{_model}"] = dict(task=_task, rank=8, targets="attention", batch_size=4, epochs=2, warmup_steps=500,
-                                            lr=_rates.pop(""))
+    PRESETS[f"cps-{_task}-{_model}"] = dict(task=_task, rank=8, targets="attention", batch_size=4, epochs=2,
+                                            warmup_steps=500, lr=_rates.pop(""))
     PRESETS |= {f"cps-{_task}-{_model}/{method}": dict(lr=lr) for method, lr in _rates.items()}
 
 # GraLoRA, Table 5 and §4.1 (k by §3.4, Lion, cosine).
 for _model, _task, _lr, _epochs in [("llama3.1-8b", "code", 2e-4, 2), ("qwen2.5-1.5b", "commonsense", 2e-4, 2),
                                     ("qwen2.5-7b", "commonsense", 4e-4, 2), ("llama3.1-70b", "commonsense", 3e-4, 1)]:
-    PRESETS[f"gralora-{_task}-{_model}"] = dict(task=_task, rank=64, batch_size=192, epochs=_epochs, lr=_lr, optimizer="lion",
-                                                schedule="cosine")
+    PRESETS[f"gralora-{_task}-{_model}"] = dict(task=_task, rank=64, batch_size=192, epochs=_epochs, lr=_lr,
+                                                optimizer="lion", schedule="cosine")
     PRESETS[f"gralora-{_task}-{_model}/gralora"] = dict(k=0)
 
 
@@ -65,7 +65,8 @@ for _model, _task, _lr, _epochs in [("llama3.1-8b", "code", 2e-4, 2), ("qwen2.5-
 def parse(argv):
     """Two passes: the first finds the method and the preset, whose defaults the second shows and may override."""
     first = Parser(prog="train.py", add_help=False, allow_abbrev=False)
-    first.add_argument("--method", default="lora", help=f"{', '.join(checkpoint.method_files())}, or a path to a .py file")
+    names = ", ".join(checkpoint.method_files())
+    first.add_argument("--method", default="lora", help=f"{names}, or a path to a .py file")
     first.add_argument("--preset", help=f"defaults by name: {', '.join(p for p in PRESETS if '/' not in p)}")
     first.add_argument("--model", "--base_model", "--model_name_or_path",
                        help="Hugging Face directory or hub id; none: the bundled model, with --preset tiny")
@@ -96,7 +97,7 @@ def parse(argv):
     add("--optimizer", default="adamw", choices=["adamw", "lion"])
     add("--weight_decay", type=float, default=0.0)
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
-    add("--max_len", "--cutoff_len", type=int, default=512, help="tokens per example; longer prompts lose their beginning")
+    add("--max_len", "--cutoff_len", type=int, default=512, help="tokens per example; a longer prompt loses its start")
     add("--train_on_prompt", action=flag, default=False, help="loss on the prompt too, not on the answer alone")
     add("--reinit_every", help="re-initialise every N epochs ('2', '0.5') or steps ('60s'); only where the method does")
     add("--reinit_at", type=int, help="one re-initialisation after N steps")
@@ -115,7 +116,8 @@ def parse(argv):
     add("--overwrite", action=flag, default=False, help="replace the run that is in out_dir")
     own = p.add_argument_group(f"{early.method}'s own")
     for name, (default, text, *choices) in method.DEFAULTS.items():
-        kind = dict(action=flag) if isinstance(default, bool) else dict(type=type(default), choices=choices[0] if choices else None)
+        kind = dict(type=type(default), choices=choices[0] if choices else None)
+        kind = dict(action=flag) if isinstance(default, bool) else kind
         own.add_argument(f"--{name}", default=default, help=text, **kind)
 
     # command line > preset > the method's COMMON > the defaults above
@@ -134,8 +136,8 @@ def check(p, args, method):
     """What argparse cannot see for itself; exits 2."""
     if args.model is None:
         p.error(f"preset {args.preset!r} names no model: give --model")
-    least = dict(batch_size=1, micro_batch_size=1, max_steps=1, max_len=2, log_every=1, save_steps=1, eval_every=1, eval_limit=1,
-                 train_rows=1, reinit_at=1, rank=1, val_rows=0, warmup_steps=0, weight_decay=0, grad_clip=0)
+    least = dict(batch_size=1, micro_batch_size=1, max_steps=1, max_len=2, log_every=1, save_steps=1, eval_every=1,
+                 eval_limit=1, train_rows=1, reinit_at=1, rank=1, val_rows=0, warmup_steps=0, weight_decay=0, grad_clip=0)
     for name, smallest in least.items():
         if getattr(args, name) is not None and not getattr(args, name) >= smallest:
             p.error(f"--{name} {getattr(args, name)}, expected at least {smallest}")
@@ -243,7 +245,8 @@ def check_finite(model, step, loss, norm):
     if math.isfinite(loss) and math.isfinite(norm):
         return
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    what = f"gradient of {bad[0]} ({len(bad)} in all)" if bad else "loss" if not math.isfinite(loss) else "gradient norm"
+    what = "gradient norm" if math.isfinite(loss) else "loss"
+    what = f"gradient of {bad[0]} ({len(bad)} in all)" if bad else what
     raise RuntimeError(f"step {step}: loss {loss}, gradient norm {norm}; not finite: {what}. "
                        "Nothing was stepped; what was saved is kept. Lower --lr?")
 
@@ -295,8 +298,8 @@ def prepare(args, method):
     targets = targets_of(run.model, args.targets)
     own = {name: getattr(args, name) for name in method.DEFAULTS}
     known = args.method in checkpoint.method_files()
-    run.record = dict(method=args.method if known else str(Path(args.method).resolve()), targets=targets, rank=args.rank, alpha=args.alpha, dropout=args.dropout,
-                      own=own, model=str(args.model))
+    run.record = dict(method=args.method if known else str(Path(args.method).resolve()), targets=targets, rank=args.rank,
+                      alpha=args.alpha, dropout=args.dropout, own=own, model=str(args.model))
     run.size = sum(p.numel() for p in run.model.parameters())
     method.inject(run.model, targets, args.rank, args.alpha, args.dropout, **own)
     run.params = [p for p in run.model.parameters() if p.requires_grad]
@@ -318,12 +321,12 @@ def describe(args, run):
 
 def environment(device):
     try:
-        git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     except OSError:
         git = ""
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, platform=platform.platform(),
-                device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
-                threads=torch.get_num_threads(), commit=git or None)
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                platform=platform.platform(), threads=torch.get_num_threads(), commit=git.strip() or None,
+                device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
 
 
 # ------------------------------------------------------------------------------------ the run
@@ -388,12 +391,14 @@ def main(argv=None):
         bar.update()
 
         if step % args.log_every == 0 or step == run.steps:
-            elapsed, line = time.perf_counter() - since, dict(step=step, loss=loss, lr=args.lr * factor, grad_norm=norm.item())
-            line |= dict(tokens_per_second=tokens / elapsed, peak_memory_mb=peak_memory_mb(device))
+            elapsed = time.perf_counter() - since
+            line = dict(step=step, loss=loss, lr=args.lr * factor, grad_norm=norm.item(),
+                        tokens_per_second=tokens / elapsed, peak_memory_mb=peak_memory_mb(device))
             training_seconds, training_tokens = training_seconds + elapsed, training_tokens + tokens
             with open(out / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
-            text = f"step {step:5}  loss {loss:.4f}  lr {args.lr * factor:.2e}  grad {norm:.3f}  {tokens / elapsed:,.0f} tokens/s"
+            text = (f"step {step:5}  loss {loss:.4f}  lr {line['lr']:.2e}  grad {norm:.3f}  "
+                    f"{line['tokens_per_second']:,.0f} tokens/s")
             bar.set_postfix_str(text) if not bar.disable else print(text, flush=True)
             since, tokens = time.perf_counter(), 0
         if run.val and (step % validate_every == 0 or step == run.steps):
@@ -426,7 +431,8 @@ def main(argv=None):
         checkpoint.save_merged(out / "merged", model, args.model)
     plot(out)
     before = f"{summary['before']['mean']:.1%} -> " if args.eval_before else ""
-    print(f"accuracy {before}{summary['after']['mean']:.1%}  {trainable:,} trainable  {summary['seconds']:.0f} s  {out}")
+    after = f"{summary['after']['mean']:.1%}"
+    print(f"accuracy {before}{after}  {trainable:,} trainable  {summary['seconds']:.0f} s  {out}")
 
 
 def plot(out):

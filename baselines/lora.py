@@ -58,9 +58,11 @@ def inject(model, targets, rank, alpha=None, dropout=0.0):
     """Freeze the model, wrap its targets in place. ValueError unless 1 <= rank <= min(in, out)."""
     model.requires_grad_(False)
     alpha = 2 * rank if alpha is None else alpha
-    for name, base in find(model, targets).items():
+    found = find(model, targets)
+    for name, base in found.items():
         if not 1 <= rank <= min(base.weight.shape):
             raise ValueError(f"rank {rank} for {name}, expected 1 to {min(base.weight.shape)}")
+    for name, base in found.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, LoRALinear(base, rank, alpha, dropout))
 

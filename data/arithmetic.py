@@ -17,12 +17,12 @@ TASKS = {"two_step": dict(rows=256, metric="accuracy", file="generated, no file"
 TRAIN_ROWS = 8192
 
 NAMES = {"She": ("Mia", "Anna", "Lena", "Ruth", "Nora", "Ida"), "He": ("Tom", "Ben", "Paul", "Max", "Emil", "Jonas")}
-THINGS = ("apples", "books", "coins", "cards", "pens", "shells", "stamps", "eggs", "marbles", "cookies", "stones", "keys")
+THINGS = "apples books coins cards pens shells stamps eggs marbles cookies stones keys".split()
 GAINS = ("buys {} more", "finds {} more", "gets {} more", "wins {} more")
 LOSSES = ("gives away {} of them", "loses {} of them", "sells {} of them", "drops {} of them")
 LARGEST = 20
-WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-         "eighteen nineteen twenty").split()
+WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+         "seventeen eighteen nineteen twenty").split()
 
 
 def problem(rng, steps, words=0.0):

@@ -2,7 +2,8 @@
 The eight commonsense sets in LLM-Adapters' format, and their training mix.
 
     {"instruction": "Please answer the following question with true or false, question: does ethanol take more energy
-     make that produces?\n\nAnswer format: true/false", "input": "", "output": "the correct answer is false", "answer": "false"}
+     make that produces?\n\nAnswer format: true/false", "input": "", "output": "the correct answer is false",
+     "answer": "false"}
 
 Source: https://github.com/AGI-Edgerunners/LLM-Adapters at 8166572 (data: ODC-By). Under --data, a file may lie as
 commonsense/NAME.json, NAME.json, or as in that repository: dataset/NAME/test.json and ft-training_set/*.json; .gz too.
@@ -15,8 +16,8 @@ from collections import Counter
 from pathlib import Path
 
 FAMILY, KIND, MAX_NEW_TOKENS, STOP = "commonsense", "generate", 32, ()
-SOURCE = "LLM-Adapters, dataset/{}/test.json"
-TASKS = {name: dict(rows=rows, pattern=pattern, metric="accuracy", file=f"commonsense/{name}.json", source=SOURCE.format(name))
+TASKS = {name: dict(rows=rows, pattern=pattern, metric="accuracy", file=f"commonsense/{name}.json",
+                    source=f"LLM-Adapters, dataset/{name}/test.json")
          for name, rows, pattern in (("boolq", 3270, "true|false"), ("piqa", 1838, "solution1|solution2"),
                                      ("social_i_qa", 1954, "answer[1-5]"), ("hellaswag", 10042, "ending[1-4]"),
                                      ("winogrande", 1267, "option1|option2"), ("ARC-Easy", 2376, "answer[1-5]"),
@@ -27,7 +28,7 @@ WORDING = {"boolq": "with true or false", "piqa": "choose the correct solution",
 
 
 def read(directory, names):
-    """Rows of the first of these files under directory, .gz or not. ValueError names the file, the row and the field."""
+    """Rows of the first of these files under directory, .gz or not. ValueError names file, row and field."""
     candidates = [Path(directory or ".", name + end) for name in names for end in ("", ".gz")]
     file = next((c for c in candidates if c.is_file()), None)
     if file is None:
@@ -44,7 +45,8 @@ def read(directory, names):
     for number, row in enumerate(rows, 1):
         for field in ("instruction", "output"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ValueError(f"{file}: row {number} has no text in {field!r}, expected instruction, input, output[, answer]")
+                raise ValueError(f"{file}: row {number} has no text in {field!r}, "
+                                 "expected instruction, input, output[, answer]")
     return rows
 
 
@@ -64,15 +66,18 @@ def rows(directory, task, split):
         found = [with_choices(row, task) for row in found]
         for number, row in enumerate(found, 1):
             if row.get("answer") not in row["choices"]:
-                raise ValueError(f"{task}, test row {number}: answer {row.get('answer')!r}, expected one of {list(row['choices'])}")
+                raise ValueError(f"{task}, test row {number}: answer {row.get('answer')!r}, "
+                                 f"expected one of {list(row['choices'])}")
         return found
-    found = read(directory, [f"{folder}{mix}.json" for mix in MIXES for folder in ("commonsense/", "", "ft-training_set/")])
+    folders = ("commonsense/", "", "ft-training_set/")
+    found = read(directory, [f"{folder}{mix}.json" for mix in MIXES for folder in folders])
     if task == FAMILY:
         return found
     named = [row for row in found if row.get("source") == task]
     worded = [row for row in found if task in WORDING and WORDING[task] in row["instruction"]]
     if not (named or worded):
-        raise ValueError(f"{directory}: the training mix has no row of {task!r}, neither by its source nor by its wording")
+        raise ValueError(f"{directory}: the training mix has no row of {task!r}, neither by its source nor by its "
+                         "wording")
     return named or worded
 
 

@@ -4,7 +4,7 @@ A user's own file: --task path/to/mine.json (a list) or mine.jsonl (one row a li
     {"instruction": "Name the capital of France.", "input": "", "output": "It is Paris.", "answer": "Paris"}
 
 A tenth of the rows (at most 1000) is held out, drawn by a fixed seed, so that train.py and evaluate.py agree on it.
-Metric: with `answer`, the output ends with it, as a whole word or number, in any case and before any closing . ! ? " ' );
+Metric: with `answer`, the output ends with it, as a whole word or number, in any case, before any closing . ! ? " ' );
 without, the output equals the row's.
 """
 import gzip
@@ -18,7 +18,7 @@ TASKS = {}      # named by their path
 
 
 def read(directory, names):
-    """Rows of the first of these files under directory, .gz or not. ValueError names the file, the row and the field."""
+    """Rows of the first of these files under directory, .gz or not. ValueError names file, row and field."""
     candidates = [Path(directory or ".", name + end) for name in names for end in ("", ".gz")]
     file = next((c for c in candidates if c.is_file()), None)
     if file is None:
@@ -35,7 +35,8 @@ def read(directory, names):
     for number, row in enumerate(rows, 1):
         for field in ("instruction", "output"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ValueError(f"{file}: row {number} has no text in {field!r}, expected instruction, input, output[, answer]")
+                raise ValueError(f"{file}: row {number} has no text in {field!r}, "
+                                 "expected instruction, input, output[, answer]")
     return rows
 
 
@@ -54,7 +55,8 @@ def score(outputs, rows, rule="strict"):
     for output, row in zip(outputs, rows):
         answer, text = row.get("answer"), output.strip()
         if answer is not None:      # "5" does not close "3.5", "-5" or "1,235"; a closing . or ! does not matter
-            found = re.search(rf"(?<![\w+-])(?<!\w[.,])({re.escape(str(answer).strip())})[\s.!?\"')]*$", text, re.IGNORECASE)
+            escaped = re.escape(str(answer).strip())
+            found = re.search(rf"(?<![\w+-])(?<!\w[.,])({escaped})[\s.!?\"')]*$", text, re.IGNORECASE)
             text = found[1] if found else ""
         extracted.append(text)
         correct.append(bool(text) if answer is not None else text == row["output"].strip())

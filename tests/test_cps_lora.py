@@ -12,7 +12,7 @@ import gralora
 from conftest import trainable
 
 
-def agreement(found, truth, k=2):
+def agreement(found, truth):
     """Share of features whose cluster is the true one, under the best naming of the clusters (k = 2)."""
     same = (found == truth).double().mean().item()
     return max(same, 1 - same)
@@ -38,9 +38,11 @@ def test_the_cosine_order_is_that_of_the_dense_rows(reference, absolute):
 
 
 def test_a_row_of_zeros_is_like_none():
-    P, Q = low_rank(6, 5, 2)
+    P, Q = low_rank(9, 5, 2)
     P[3] = 0
-    assert sorted(cps.cosine_order(P, Q).tolist()) == list(range(6))
+    rows = (P @ Q.T)[[0, 1, 2, 4, 5, 6, 7, 8]]
+    below = (rows @ rows[rows.norm(dim=1).argmax()] < 0).sum().item()       # its cosine is 0: after these
+    assert cps.cosine_order(P, Q).tolist().index(3) == below > 0
 
 
 # ------------------------------------------------------------------------------------ Eqs. 2, 3: spectral
@@ -117,8 +119,8 @@ def test_random_does_not_recover_it():
     assert np.mean([agreement(cps.cluster(P, Q, 2, "random")[0], rows) for _ in range(20)]) < 0.65
 
 
-def orthogonal_blocks(n=64, r=4, seed=0, signs=True):
-    """Proposition 2's update: four blocks in mutually orthogonal subspaces, of mean about zero; rows, columns shuffled."""
+def orthogonal_blocks(n=64, r=4, seed=0):
+    """Proposition 2's update: four blocks of rank r in mutually orthogonal subspaces, dense, and its A_i, B_i."""
     torch.manual_seed(seed)
     A = torch.linalg.qr(torch.randn(n // 2, 4 * r).double())[0].split(r, 1)
     B = torch.linalg.qr(torch.randn(n // 2, 4 * r).double())[0].split(r, 1)
@@ -240,7 +242,8 @@ def test_the_parameter_count_is_loras_whatever_k():
 
 
 @pytest.mark.parametrize("own, message", [(dict(k=4), "k 4 for 0, expected a divisor of rank 6"), (dict(k=0), "k 0 for 0"),
-                                          (dict(strategy="x"), "strategy 'x', expected one of cosine")])
+                                          (dict(strategy="x"), "strategy 'x', expected one of cosine"),
+                                          (dict(reference="x"), "reference 'x', expected one of longest")])
 def test_bad_settings(own, message):
     with pytest.raises(ValueError, match=message):
         cps.inject(nn.Sequential(nn.Linear(20, 24)), ("0",), 6, **own)
@@ -250,14 +253,14 @@ def test_bad_settings(own, message):
 
 # ------------------------------------------------------------------------------------ stages: Alg. 1
 
-def trained(strategy="cosine", stages=1, dtype=torch.float64):
+def trained(strategy="cosine", stages=1, reference="longest"):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 20).to(dtype))
+    model = nn.Sequential(nn.Linear(24, 20).double())
     W = model[0].weight.detach().clone()
-    cps.inject(model, ("0",), 4, strategy=strategy)
+    cps.inject(model, ("0",), 4, strategy=strategy, reference=reference)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     for _ in range(stages):
-        model(torch.randn(6, 24, dtype=dtype)).square().sum().backward()
+        model(torch.randn(6, 24, dtype=torch.float64)).square().sum().backward()
         optimizer.step()
         nn.init.normal_(model[0].lora_B, 0, 0.1)
     return model, optimizer, W
@@ -275,6 +278,37 @@ def test_a_reinit_merges_clusters_and_starts_anew():
     assert not torch.equal(layer.lora_rows, rows)
     assert not torch.equal(layer.lora_A, A) and not layer.lora_B.any()          # line 8
     assert not optimizer.state and [id(p) for p in optimizer.param_groups[0]["params"]] == group
+
+
+def test_the_reference_reaches_the_clustering():
+    found = {}
+    for reference in ("longest", "mean", "first"):
+        model, optimizer, _ = trained(reference=reference)
+        A, B = (f.detach() for f in model[0].expanded())
+        want = torch.cat(cps.cluster(A.T, B, 2, "cosine", reference))
+        cps.reinit(model, optimizer)
+        found[reference] = torch.cat((model[0].lora_rows, model[0].lora_columns))
+        assert torch.equal(found[reference], want)
+    assert not torch.equal(found["mean"], found["longest"]) and not torch.equal(found["mean"], found["first"])
+
+
+def test_a_failed_clustering_leaves_the_stage_as_it_was(monkeypatch):
+    model, optimizer, W = trained()
+    monkeypatch.setattr(cps, "cluster", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cps.reinit(model, optimizer)
+    assert torch.equal(model[0].base.weight, W) and not len(model[0].lora_merged_A)
+
+
+def test_stages_of_another_model_are_refused():
+    model, optimizer, _ = trained()
+    cps.reinit(model, optimizer)
+    tensors = dict(model.state_dict())
+    for change in ({"0.lora_merged_A": tensors["0.lora_merged_A"][:, :5]}, {"0.lora_merged_B": None},
+                   {"0.lora_merged_B": tensors["0.lora_merged_B"][:, :3]}):
+        fresh, _, _ = trained()
+        with pytest.raises(ValueError, match="tensors 0.lora_merged_A and _B are missing or not for 20 x 24"):
+            cps.restore(fresh, tensors | change)
 
 
 def test_only_the_stage_that_ended_is_clustered():

@@ -23,7 +23,7 @@ from evaluate import PROMPT, generate, pack, prompt_ids
 from model import Tokenizer as OurTokenizer, build
 
 STEPS, BATCH, LR, WARMUP = 2000, 64, 3e-3, 100
-LEADS = ("", "", "Let us see. ", "We count. ", "First we write it down: ", "So ")     # the sum is not always in one place
+LEADS = ("", "", "Let us see. ", "We count. ", "First we write it down: ", "So ")     # so a sum has no fixed place
 CONFIG = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", hidden_size=128,
               intermediate_size=320, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
               max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True,
@@ -36,8 +36,9 @@ def make_tokenizer(rows):
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tok.decoder = decoders.ByteLevel()
     before, after = PROMPT.split("{instruction}")
-    tok.train_from_iterator([text for row in rows for text in (row["instruction"], row["output"], *LEADS)], trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<eos>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tok.train_from_iterator([text for row in rows for text in (row["instruction"], row["output"], *LEADS)], trainer)
     tok.add_tokens([AddedToken(before, normalized=False), AddedToken(after, normalized=False)])
     return tok
 
@@ -85,9 +86,9 @@ def main(out):
         if (step + 1) % 250 == 0:
             print(f"step {step + 1}  loss {loss:.4f}", flush=True)
     model.to(torch.bfloat16).float()                       # judge what is written
-    print(f"one step {accuracy(model, tok, 'train', 1):.1%}, with sums never seen {accuracy(model, tok, 'test', 1):.1%}; "
-          f"two steps {accuracy(model, tok, 'test', 2):.1%}")
-    weights = {key: t.to(torch.bfloat16).contiguous() for key, t in model.state_dict().items() if key != "lm_head.weight"}
+    print(f"one step {accuracy(model, tok, 'train', 1):.1%}, with sums never seen "
+          f"{accuracy(model, tok, 'test', 1):.1%}; two steps {accuracy(model, tok, 'test', 2):.1%}")
+    weights = {key: t.to(torch.bfloat16) for key, t in model.state_dict().items() if key != "lm_head.weight"}
     save_file(weights, str(out / "model.safetensors"), metadata={"format": "pt"})
 
 
