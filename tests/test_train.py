@@ -4,13 +4,14 @@ train.py: the gradient it follows, the order of its data, the hooks it calls, th
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import model as M
@@ -265,9 +266,15 @@ def test_the_bf16_base_stays_bf16_and_adapters_train_in_fp32(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_alike(tmp_path):
+def test_compiled_blocks_train_alike(tiny, tmp_path):
+    """On the bundled model's first layer alone: every shape of every layer is compiled apart."""
+    shutil.copytree(tiny, tmp_path / "one")
+    config = json.loads((tiny / "config.json").read_text())
+    (tmp_path / "one" / "config.json").write_text(json.dumps(dict(config, num_hidden_layers=1)))
+    kept = {key: t for key, t in load_file(tiny / "model.safetensors").items() if not re.search(r"layers\.[1-9]", key)}
+    save_file(kept, tmp_path / "one" / "model.safetensors")
     for name, flags in (("a", []), ("b", ["--compile"])):
-        run(*FAST, "--no-eval_before", "--targets", "q_proj", *flags, out=tmp_path / name)
+        run(*FAST, "--preset", "tiny", "--model", tmp_path / "one", "--eval_limit", 1, "--no-eval_before", *flags, out=tmp_path / name)
     a, b = metrics(tmp_path / "a"), metrics(tmp_path / "b")
     assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-3)
     assert not any("_orig_mod" in key for key in load_file(tmp_path / "b" / "adapter" / "adapter_model.safetensors"))
