@@ -80,8 +80,12 @@ def test_kmeans_finds_separate_groups_and_a_lloyd_fixed_point():
     X = torch.randn(60, 2).double() * 0.1 + torch.tensor([[0.0, 0], [5, 0], [0, 5]]).double()[truth]
     found = cps.kmeans(X, 3)
     assert all(len(found[truth == c].unique()) == 1 for c in range(3)) and len(found.unique()) == 3
-    centers = torch.stack([X[found == j].mean(0) for j in range(3)])
-    assert torch.equal(torch.cdist(X, centers).argmin(1), found)
+    for seed in range(3):                       # also where the groups are not separate, and seeds are not enough
+        torch.manual_seed(seed)
+        X = torch.randn(60, 2).double()
+        found = cps.kmeans(X, 3)
+        centers = torch.stack([X[found == j].mean(0) for j in range(3)])
+        assert torch.equal(torch.cdist(X, centers).argmin(1), found)
 
 
 @pytest.mark.parametrize("seed", range(5))

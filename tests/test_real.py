@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import checkpoint
+import evaluate
 import model as M
 import train
+from data import commonsense
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +23,14 @@ def test_the_bundled_model_learns_two_step_problems(method, tmp_path):
     train.main(["--method", method, "--rank", "8", "--out_dir", str(tmp_path / "run")])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["before"]["mean"] <= 0.10 and summary["after"]["mean"] >= 0.80
+
+
+def questions(directory, data):
+    """Ids (4, 60) of what the model was trained for: the first BoolQ prompts with their answers, as one text."""
+    tok = M.Tokenizer(directory, M.read_config(M.read_json(directory / "config.json")))
+    rows = commonsense.rows(data, "boolq", "test")[:8]
+    ids = [i for row in rows for i in evaluate.example(tok, row)[0]]
+    return torch.tensor(ids[:240]).view(4, 60)
 
 
 @pytest.mark.parametrize("method, lr", [("gfa", 3e-3), ("lora", 1e-3)])
@@ -37,7 +47,7 @@ def test_smollm2_learns_the_form_of_boolq_and_merges(method, lr, smollm2, shared
         assert 0 <= summary[key]["boolq"] <= 1
     ours = M.load(out / "merged")
     theirs = tf.AutoModelForCausalLM.from_pretrained(out / "merged").eval()
-    ids = torch.randint(40000, (1, 60))
+    ids = questions(smollm2, shared_data)
     with torch.no_grad():
         difference = (ours(ids) - theirs(ids).logits).abs().max().item()
     print(f"{method}: merged, largest logit difference to transformers {difference:.1e}")
@@ -52,7 +62,7 @@ def test_a_short_run_on_smollm2_merges_to_the_same_function(method, flags, smoll
                 "--max_steps", "12", "--eval_limit", "8", "--no-eval_before", "--merge", "--out_dir", str(out), *flags])
     merged, adapted, base = M.load(out / "merged"), M.load(smollm2), M.load(smollm2)
     checkpoint.load_adapter(adapted, out / "adapter")
-    ids = torch.randint(40000, (1, 60))
+    ids = questions(smollm2, shared_data)
     with torch.no_grad():
         difference = (merged(ids) - adapted(ids)).abs().max().item()
         change = (merged(ids) - base(ids)).abs().max().item()
