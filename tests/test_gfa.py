@@ -278,3 +278,6 @@ def test_a_bf16_base_does_not_round_the_update_away():
     model(x).backward(dy)
     exact.backward(dy.double())
     assert error(model.adapter.lora_B.grad, B.grad) < 0.01 and error(model.adapter.lora_A.grad, A.grad) < 0.01
+    z = x.clone().requires_grad_()
+    gfa.Product.apply(z, torch.zeros_like(W), *model[0].rows(), 0).backward(dy)      # the update's own part of dx
+    assert error(z.grad, (dy.double() @ gfa.cut(B @ A, 0, W.shape)).detach()) < 0.02
