@@ -261,8 +261,8 @@ def restore(model, tensors):
         A, B = (tensors.get(f"{name}.lora_merged_{x}") for x in "AB")
         o, i = layer.base.weight.shape
         if A is None or B is None or A.shape != (B.shape[-1], i) or B.shape != (o, len(A)):
-            raise ValueError(f"tensors {name}.lora_merged_A and _B are missing or not for {o} x "
-                             f"{i}")
+            raise ValueError(f"tensors {name}.lora_merged_A and _B are missing "
+                             f"or not for {o} x {i}")
         layer.lora_merged_A, layer.lora_merged_B = A.to(layer.lora_A), B.to(layer.lora_A)
         if len(A):
             layer.write(layer.lora_merged_A, layer.lora_merged_B)

@@ -371,7 +371,9 @@ def main(argv=None):
     bar = tqdm(total=run.steps, disable=None, desc="train")
     for step in range(1, run.steps + 1):
         epoch, position = divmod(step - 1, run.steps_per_epoch)
-        chosen = order(args.seed, epoch, len(run.train))[position * args.batch_size:(position + 1) * args.batch_size]
+        if position == 0:
+            shuffled = order(args.seed, epoch, len(run.train))
+        chosen = shuffled[position * args.batch_size:(position + 1) * args.batch_size]
         loss, seen = backward(model, [run.train[i] for i in chosen], args.micro_batch_size)
         if hasattr(method, "observe"):
             method.observe(model, step, run.steps)
