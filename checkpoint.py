@@ -7,9 +7,10 @@ import json
 import os
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -92,6 +93,19 @@ def save_adapter(directory, model, record):
         write_json(part / "adapter_config.json", record)
 
 
+@contextmanager
+def shapes_only(model):
+    """Linear weights are on the meta device inside: an injection that would decompose them has nothing to compute."""
+    weights = {m: m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    for m in weights:
+        m.weight = nn.Parameter(m.weight.to("meta"), requires_grad=False)
+    try:
+        yield
+    finally:
+        for m, weight in weights.items():
+            m.weight = weight.requires_grad_(m.weight.requires_grad)
+
+
 def load_adapter(model, directory):
     """
     Injects the method that adapter_config.json names into a freshly loaded model, fills it -> (method, record).
@@ -105,9 +119,10 @@ def load_adapter(model, directory):
         tensors = load_file(str(file))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
-    method = load_method(record["method"])
-    method.inject(model, tuple(record["targets"]), record["rank"], record.get("alpha"), record.get("dropout", 0.0),
-                  **record.get("own", {}))
+    method, device = load_method(record["method"]), next(model.parameters()).device
+    with shapes_only(model) if hasattr(method, "restore") else nullcontext():
+        method.inject(model, tuple(record["targets"]), record["rank"], record.get("alpha"), record.get("dropout", 0.0),
+                      **record.get("own", {}))
     if hasattr(method, "restore"):
         try:
             method.restore(model, tensors)
@@ -123,7 +138,8 @@ def load_adapter(model, directory):
         if expected[name].shape != tensors[name].shape:
             raise ValueError(f"{file}: tensor {name} has shape {tuple(tensors[name].shape)}, "
                              f"the model expects {tuple(expected[name].shape)}")
-    model.load_state_dict(tensors, strict=False)
+    tensors = {name: t.to(device, expected[name].dtype) for name, t in tensors.items()}
+    model.load_state_dict(tensors, strict=False, assign=True)
     return method, record
 
 

@@ -263,6 +263,7 @@ def restore(model, tensors):
         if A is None or B is None or A.shape != (B.shape[-1], i) or B.shape != (o, len(A)):
             raise ValueError(f"tensors {name}.lora_merged_A and _B are missing "
                              f"or not for {o} x {i}")
-        layer.lora_merged_A, layer.lora_merged_B = A.to(layer.lora_A), B.to(layer.lora_A)
+        new = dict(device=layer.base.weight.device, dtype=layer.lora_A.dtype)
+        layer.lora_merged_A, layer.lora_merged_B = A.to(**new), B.to(**new)
         if len(A):
             layer.write(layer.lora_merged_A, layer.lora_merged_B)

@@ -33,6 +33,7 @@ PRESETS = {
                  warmup_steps=20, log_every=20),
     "tiny/gfa": dict(lr=3e-2),
     "tiny/full": dict(lr=1e-3),
+    "tiny/glora": dict(lr=5e-3, reinit_every="60s"),
     "tiny/cps_lora": dict(lr=5e-3, max_steps=300, reinit_every=None, reinit_at=150),     # two stages, as in the paper
 }
 
@@ -51,6 +52,19 @@ for _model, _task, _rates in [
     PRESETS[f"cps-{_task}-{_model}"] = dict(task=_task, rank=8, targets="attention", batch_size=4, epochs=2,
                                             warmup_steps=500, lr=_rates.pop(""))
     PRESETS |= {f"cps-{_task}-{_model}/{method}": dict(lr=lr) for method, lr in _rates.items()}
+
+# G-LoRA, Tables 9 - 12: r_g : r_l, the learning rate with the exact SVD and with a randomized one, those of the others.
+_common, _code = {"pissa": 2e-4, "rosa": 2e-4, "gralora": 2e-4, "": 1e-4}, {"milora": 3e-5, "denselora": 1e-5, "": 5e-5}
+for _task, _model, _ratio, _lr, _oversample, _randomized, _rates in [
+        ("commonsense", "llama2", "3:1", 1e-4, 4, 1e-4, _common), ("commonsense", "llama3-8b", "3:1", 1e-4, 4, 1e-4, _common),
+        ("math", "llama2", "1:3", 3e-4, 4, 3e-4, {"": 3e-4}), ("math", "llama3-8b", "3:1", 3e-4, 4, 3e-4, {"": 3e-4}),
+        ("code", "llama3-8b-instruct", "1:3", 2e-5, 8, 1e-5, _code), ("code", "qwen2.5-7b", "3:1", 1e-5, 8, 1e-5, _code)]:
+    for _name, _own in [(f"glora-{_task}-{_model}", dict(lr=_lr)),
+                        (f"glora-{_task}-{_model}-randomized", dict(lr=_randomized, svd="randomized", oversample=_oversample))]:
+        PRESETS[_name] = dict(task=_task, rank=8, targets="attention", batch_size=4, epochs=10, warmup_steps=500,
+                              dropout=0.05, val_rows=1200, lr=_rates[""])
+        PRESETS |= {f"{_name}/{method}": dict(lr=lr) for method, lr in _rates.items() if method}
+        PRESETS[f"{_name}/glora"] = dict(ratio=_ratio) | _own
 
 # GraLoRA, Table 5 and §4.1 (k by §3.4, Lion, cosine).
 for _model, _task, _lr, _epochs in [("llama3.1-8b", "code", 2e-4, 2), ("qwen2.5-1.5b", "commonsense", 2e-4, 2),

@@ -353,6 +353,16 @@ def test_presets_of_the_papers_tables():
     assert [parse("cps-code-qwen2.5-1.5b", m).lr for m in ("cps_lora", "gralora", "lora")] == [6e-5, 5e-5, 4e-5]
     assert parse("cps-commonsense-llama3-8b", "cps_lora").lr == 4e-5
     assert parse("cps-commonsense-llama2-7b", "cps_lora").reinit_every == "1"
+    assert seen("glora-commonsense-llama2", "glora") == ("commonsense", 8, "attention", 4, 10, 500, 1e-4, "adamw")
+    own = lambda preset: (lambda p: (p.ratio, p.lr, p.svd, p.oversample, p.reinit_every, p.dropout, p.val_rows))(parse(preset, "glora"))
+    assert own("glora-math-llama2") == ("1:3", 3e-4, "exact", 4, "2", 0.05, 1200)
+    assert own("glora-math-llama3-8b-randomized") == ("3:1", 3e-4, "randomized", 4, "2", 0.05, 1200)
+    assert own("glora-code-llama3-8b-instruct") == ("1:3", 2e-5, "exact", 4, "2", 0.05, 1200)
+    assert own("glora-code-llama3-8b-instruct-randomized") == ("1:3", 1e-5, "randomized", 8, "2", 0.05, 1200)
+    assert own("glora-code-qwen2.5-7b-randomized") == ("3:1", 1e-5, "randomized", 8, "2", 0.05, 1200)
+    assert [parse("glora-commonsense-llama3-8b", m).lr for m in ("gralora", "lora")] == [2e-4, 1e-4]
+    assert [parse("glora-math-llama2-randomized", m).lr for m in ("gralora", "lora")] == [3e-4, 3e-4]
+    assert parse("glora-code-qwen2.5-7b", "lora").lr == 5e-5
     assert seen("gralora-commonsense-qwen2.5-7b", "gralora") == ("commonsense", 64, "all", 192, 2, 0, 4e-4, "lion")
     assert parse("gralora-code-llama3.1-8b", "gralora").k == 0 and parse("gralora-commonsense-llama3.1-70b", "lora").epochs == 1
 
