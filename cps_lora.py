@@ -260,7 +260,7 @@ def restore(model, tensors):
     for name, layer in layers(model).items():
         A, B = (tensors.get(f"{name}.lora_merged_{x}") for x in "AB")
         o, i = layer.base.weight.shape
-        if A is None or B is None or A.shape != (B.shape[-1], i) or B.shape != (o, len(A)):
+        if A is None or B is None or A.shape[1:] != (i,) or B.shape != (o, len(A)):
             raise ValueError(f"tensors {name}.lora_merged_A and _B are missing "
                              f"or not for {o} x {i}")
         new = dict(device=layer.base.weight.device, dtype=layer.lora_A.dtype)

@@ -2,30 +2,37 @@
 G-LoRA: Global-Local Decoupled Low-Rank Adaptation (Xiong et al., Findings of ACL 2026). Official
 code: none. Not Generalized LoRA (arXiv 2306.07967), which other libraries call `glora`.
 
-Two adapters share LoRA's parameters. The global one covers the whole weight; the local one does at
-first, too, and at each re-initialisation keeps the half of its input and the half of its output
-features that mattered most, at twice the rank. Both start on singular triplets of the weight, and
-what they take leaves the frozen part: neither an init nor a re-init changes the function.
+Two adapters split LoRA's parameter budget. The global one covers the whole weight; the local one
+does at first, too, and at each re-initialisation keeps the half of its input and the half of its
+output features that mattered most, at twice the rank. Both start on singular triplets of what is
+there, and these leave the frozen weight: but for its rounding, no start changes the function.
 
     y = x W_res + x G_A G_B + (x[:, R] L_A L_B, placed at the columns C)                   (Eq. 2)
 
 Notation (paper, y = x W  ->  here, y = x Wᵀ: its rows are input features, its columns output ones):
     m, n         i, o and m, n    input and output features: of the weight, and of the region
+    i            s                stage: how many re-initialisations came before
     (1-α)r, αr   r_g, r_l         rank · g / (g + l) and rank · l / (g + l), for --ratio g:l
     G_A, G_B     lora_global_A (r_g, i), lora_global_B (o, r_g), transposed
-    L_A, L_B     lora_local_A (r, m), lora_local_B (n, r), transposed; r = 2^s r_l in stage s
-    π_r, π_c     lora_rows (m), lora_columns (n)   R, C: what the cut keeps of the permutations
-    W_res        base.weight = pretrained + lora_fixed_B lora_fixed_A, rounded once
+    L_A, L_B     lora_local_A (r, m), lora_local_B (n, r), transposed; r = 2^s r_l
+    π_r, π_c     lora_rows (m), lora_columns (n): R, C, the features they put first, in any order
+    W_res        base.weight = pretrained + lora_fixed_B lora_fixed_A, rounded once. These hold, at
+                 full width, what G and every L took at their start, and what every merged L became:
+                 r_g + r_l (3 · 2^s - 2) ranks; 98 at rank 8, 3:1, after 4 re-initialisations.
 
 Differs from the paper: Eq. 2 sums the local adapters of all stages and Eq. 11 merges each of them
     into W_res, which counts them twice: here one is live, and the earlier ones are in W_res.
-    Alg. 1 never subtracts L, doubles r_l or restores the order: Eqs. 11 - 15 do, and hold.
+    Alg. 1 never subtracts L, doubles r_l or puts W_res back in order, and lines 2 and 15 slip in
+    their indices: Eqs. 11 - 15 hold. Eq. 5 subtracts G alone: at stage 0 L leaves W, too (§3.2).
     App. J.2 decomposes L alone, whose rank is half of what Eq. 14 takes: not followed.
 Left open by the paper: the direction of Eq. 10, descending; the gradient of Eq. 9, of whole
-    optimizer steps, scores averaged over the stage; Table 4's `grad` and `fisher`, mean |g| and g²;
-    Table 6's `bottom` at stage 0, among the triplets that G left (the last of W - G are its null
-    space); Halko's power iterations, 2; dropout's place, on x, one mask for both adapters. With
-    dropout the start is not the pretrained function, as the adapters hold weight: the default is 0.
+    optimizer steps, scores averaged over the stage, magnitudes where there was none; Table 4's
+    `grad` and `fisher`, mean |g| and g²; Table 6 at stage 0, L's choice among the triplets that G
+    left; "full fine-tuning" of a region, one block that starts at 0 and stays; the randomized SVD,
+    a sketch of oversample · r columns, two power iterations, exact at stage 0; optimizer state, L's
+    dropped and G's kept; scale, none; dropout's place, on x, one mask for both. With dropout the
+    start is not the pretrained function, as the adapters hold weight: the default is 0. A triplet
+    of σ = 0 has no gradient: a weight of lower rank wastes those of a `bottom` start.
 """
 import warnings
 
@@ -34,13 +41,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 IMPORTANCE = {"taylor": lambda L, g: (L * g).abs(),                     # Eq. 9
-              "grad": lambda L, g: g.abs(),                             # these two: Table 4
-              "fisher": lambda L, g: g * g}
+              "grad": lambda L, g: g.abs(),                             # Table 4
+              "fisher": lambda L, g: g * g}                             # Table 4
 DEFAULTS = {"ratio": ("3:1", "rank of the global to rank of the local adapter"),
-            "svd": ("exact", "of the regions, at a re-initialisation", ("exact", "randomized")),
+            "svd": ("exact", "of a new region, at a re-initialisation", ("exact", "randomized")),
             "oversample": (4, "width of the randomized SVD's sketch, in ranks of the stage"),
-            "importance": ("taylor", "of an entry of the local factors", tuple(IMPORTANCE)),
-            "importance_window": ("stage", "mean over it, or its last step", ("stage", "last")),
+            "importance": ("taylor", "score of an entry of the local factors", tuple(IMPORTANCE)),
+            "importance_window": ("stage", "its mean score, or its last step's", ("stage", "last")),
             "global_init": ("bottom", "triplets that G starts on", ("bottom", "top")),
             "local_init": ("top", "triplets that L starts on", ("top", "bottom"))}
 COMMON = {"reinit_every": "2"}
@@ -48,30 +55,30 @@ COMMON = {"reinit_every": "2"}
 
 def exact_svd(M, take):
     """
-    U (n, k), Σ (k), V (m, k) of M (n, m): the triplets at the k positions `take`, largest first.
-    From the eigenvectors of the smaller Gram matrix, in float64, as its condition is M's squared:
-    the vectors of the other side are formed only where they are taken.
+    U (n, k), Σ (k), V (m, k) of M (n, m): the triplets at the k positions `take`, counted from the
+    largest. From the eigenvectors of the smaller Gram matrix, in float64, as its condition is M's
+    squared; the other side's vectors are formed only where they are taken.
     """
     if len(M) < M.shape[1]:
         return exact_svd(M.T, take)[::-1]
-    M64 = M.double()
+    M64 = M.to("cpu" if M.device.type == "mps" else M.device, torch.float64)    # MPS has no float64
     V = torch.linalg.eigh(M64.T @ M64).eigenvectors.flip(1)[:, take]
     U = M64 @ V
     S = U.norm(dim=0)
     return (U / S.clamp(min=torch.finfo(S.dtype).tiny)).to(M), S.to(M), V.to(M)
 
 
-def ends(order, k, where):
+def take_end(order, k, where):
     """The k first ("top") or last ("bottom") of `order`, and the others."""
     first, last = order.split((k, len(order) - k) if where == "top" else (len(order) - k, k))
     return (first, last) if where == "top" else (last, first)
 
 
-def region_svd(M, k, own):
-    """k triplets of a region M (n, m), for its local adapter (Eq. 13)."""
-    width = own["oversample"] * k
-    if own["svd"] == "exact" or width >= min(M.shape):
-        return exact_svd(M, ends(torch.arange(min(M.shape)), k, own["local_init"])[0])
+def region_svd(M, k, svd, oversample, local_init):
+    """The k triplets of a region M (n, m) that its local adapter starts on (Eq. 13)."""
+    width = oversample * k
+    if svd == "exact" or width >= min(M.shape):
+        return exact_svd(M, take_end(torch.arange(min(M.shape)), k, local_init)[0])
     U, S, V = torch.svd_lowrank(M, q=width, niter=2)        # Halko et al. 2011
     return U[:, :k], S[:k], V[:, :k]
 
@@ -84,11 +91,11 @@ def balanced(U, S, V):
 def most_important(score, dim):
     """Positions, ascending, of the half of the features with the largest ℓ2 norms (Eq. 10)."""
     order = score.norm(dim=dim).argsort(descending=True, stable=True)
-    return order[:len(order) // 2].sort().values
+    return order[:len(order) // 2].sort().values                        # Alg. 1, line 12
 
 
 def is_dense(r, n, m):
-    """Whether a pair of rank r costs as much as the whole (n, m) region: then L is one block."""
+    """Whether a pair of rank r costs as much as its whole (n, m) region (§3.2.2)."""
     return r * (n + m) >= n * m
 
 
@@ -103,29 +110,29 @@ class GLoRALinear(nn.Module):
         W = W.to(torch.promote_types(W.dtype, torch.float32))
         A, B = W.new_empty(r_g + r_l, i), W.new_empty(o, r_g + r_l)
         if not W.is_meta:                               # there only shapes are wanted
-            G, others = ends(torch.arange(min(o, i)), r_g, own["global_init"])
-            L, _ = ends(others, r_l, own["local_init"])
-            A, B = balanced(*exact_svd(W, torch.cat((G, L))))                   # Eqs. 4, 5, 14
+            G, others = take_end(torch.arange(min(o, i)), r_g, own["global_init"])
+            L, _ = take_end(others, r_l, own["local_init"])
+            A, B = balanced(*exact_svd(W, torch.cat((G, L))))       # Eqs. 4, 5, Alg. 1 line 15
         (G_A, L_A), (G_B, L_B) = A.split((r_g, r_l)), B.split((r_g, r_l), 1)
-        self.lora_global_A = nn.Parameter(G_A.clone())
+        self.lora_global_A = nn.Parameter(G_A.clone())  # clones: parameters share no storage
         self.lora_global_B = nn.Parameter(G_B.clone())
         self.lora_fixed_A, self.lora_fixed_B = nn.Buffer(G_A.clone()), nn.Buffer(-G_B)      # Eq. 5
-        pair = (None, torch.zeros_like(W)) if is_dense(r_l, o, i) else (L_A, L_B)
-        self.begin(*(torch.arange(size, device=W.device) for size in (i, o)), *pair)
+        pair = (None, torch.zeros_like(W)) if is_dense(r_l, o, i) else (L_A.clone(), L_B.clone())
+        self.start(torch.arange(i, device=W.device), torch.arange(o, device=W.device), *pair)
         if not W.is_meta:
             self.take_out()
 
-    def begin(self, rows, columns, A, B):
+    def start(self, rows, columns, A, B):
         """A local adapter on this region: A (r, m), B (n, r), or no A and B (n, m), dense."""
         self.lora_rows, self.lora_columns = nn.Buffer(rows), nn.Buffer(columns)
-        self.lora_local_A = None if A is None else nn.Parameter(A.clone())
-        self.lora_local_B = nn.Parameter(B.clone())
+        self.lora_local_A = None if A is None else nn.Parameter(A)
+        self.lora_local_B = nn.Parameter(B)
         self.scores = None                              # of A, B: summed over the stage by observe
 
     def local(self):
         """A (r, i), B (o, r) of the local update: zero outside of its region."""
         A, B, (o, i) = self.lora_local_A, self.lora_local_B, self.base.weight.shape
-        A = torch.eye(B.shape[1]).to(B) if A is None else A
+        A = B.new_ones(B.shape[1]).diag() if A is None else A
         return (A.new_zeros(len(A), i).index_copy(1, self.lora_rows, A),
                 B.new_zeros(o, len(A)).index_copy(0, self.lora_columns, B))
 
@@ -142,12 +149,13 @@ class GLoRALinear(nn.Module):
     def forward(self, x):
         dense = self.lora_local_A is None
         A, B = (self.lora_global_A, self.lora_global_B) if dense else self.live()
-        # Zeros outside of the region, in one pair of plain products with G: 1.00 to 1.03 of LoRA in
-        # stages 0 - 3 (2048², r = 8, 2 cores), where gather and index_add take 1.06 to 1.38.
+        # Zeros outside of the region, in one pair of plain products with G: 1.00, 1.01, 1.01, 1.03,
+        # 1.07 of LoRA in stages 0 - 4 (2048², r = 8, 512 tokens, 2 cores). Gather and index_add
+        # take 1.38, 1.19, 1.09, 1.06, 1.04.
         x_ = self.dropout(x)
         y = self.base(x) + F.linear(F.linear(x_, A.to(x.dtype)), B.to(x.dtype))
         if dense:                                       # as a pair it would be m wide
-            block = F.linear(x_[..., self.lora_rows], self.lora_local_B.to(x.dtype))
+            block = F.linear(x_.index_select(-1, self.lora_rows), self.lora_local_B.to(x.dtype))
             y = y.index_add(-1, self.lora_columns, block)
         return y
 
@@ -157,12 +165,12 @@ class GLoRALinear(nn.Module):
 
     def region(self, rows, columns):
         """W_res on these features, (n, m), before it is rounded (Eq. 12)."""
-        W = self.pretrained[columns.cpu()][:, rows.cpu()].to(self.lora_fixed_A)
+        W = self.pretrained[columns.cpu()[:, None], rows.cpu()].to(self.lora_fixed_A)
         return W + self.lora_fixed_B[columns] @ self.lora_fixed_A[:, rows]
 
     @torch.no_grad()
-    def fix(self, sign):
-        """Put the local factors into W_res, with this sign."""
+    def record(self, sign):
+        """The local factors, with this sign, become part of W_res at the next write."""
         A, B = self.local()
         self.lora_fixed_A = torch.cat((self.lora_fixed_A, A))
         self.lora_fixed_B = torch.cat((self.lora_fixed_B, sign * B), 1)
@@ -170,7 +178,7 @@ class GLoRALinear(nn.Module):
     def take_out(self):
         """What the local adapter starts with leaves the frozen weight (Eqs. 14, 15)."""
         if self.lora_local_A is not None:               # a dense one starts at 0
-            self.fix(-1)
+            self.record(-1)
         self.write(self.lora_fixed_A, self.lora_fixed_B)
 
     @torch.no_grad()
@@ -209,17 +217,17 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, ratio="3:1", svd="e
            oversample=4, importance="taylor", importance_window="stage", global_init="bottom",
            local_init="top"):
     """
-    Freeze the model, wrap its targets in place, each after one SVD of its weight. ValueError for an
-    alpha (no scale is printed), a bad target or choice, a rank outside 1..min(in, out), a ratio
-    that does not divide it, or the trailing triplets of a randomized SVD.
+    Freeze the model, wrap its targets in place; base.weight becomes W_res, by one SVD each.
+    ValueError for an alpha (no scale is printed), a bad target or choice, a rank outside
+    1..min(in, out), a ratio that does not divide it, the trailing triplets of a randomized SVD.
     """
-    own = dict(svd=svd, oversample=oversample, importance=importance, global_init=global_init,
-               importance_window=importance_window, local_init=local_init)
+    own = dict(ratio=ratio, svd=svd, oversample=oversample, importance=importance,
+               importance_window=importance_window, global_init=global_init, local_init=local_init)
     if alpha is not None:
         raise ValueError("G-LoRA has no alpha: its adapters are not scaled (Eq. 2)")
-    for flag, value in own.items():
-        if len(DEFAULTS[flag]) > 2 and value not in DEFAULTS[flag][2]:
-            raise ValueError(f"{flag} {value!r}, expected one of {', '.join(DEFAULTS[flag][2])}")
+    for flag, (_, _, *choices) in DEFAULTS.items():
+        if choices and own[flag] not in choices[0]:
+            raise ValueError(f"{flag} {own[flag]!r}, expected one of {', '.join(choices[0])}")
     if oversample < 1:
         raise ValueError(f"oversample {oversample}, expected at least 1")
     if svd == "randomized" and local_init == "bottom":
@@ -246,12 +254,13 @@ def observe(model, t, T):
     of the whole batch, before clipping. The sum over a stage orders the features as its mean does.
     """
     for layer in layers(model).values():
-        pair = layer.lora_local_A, layer.lora_local_B
-        if pair[0] is None or pair[0].grad is None or pair[1].grad is None:
+        A, B = layer.lora_local_A, layer.lora_local_B
+        if A is None or A.grad is None or B.grad is None:
             continue
-        new = [IMPORTANCE[layer.own["importance"]](L, L.grad) for L in pair]
-        earlier = layer.scores if layer.own["importance_window"] == "stage" else None
-        layer.scores = [a + b for a, b in zip(earlier, new)] if earlier else new
+        scores = [IMPORTANCE[layer.own["importance"]](L, L.grad) for L in (A, B)]
+        if layer.scores and layer.own["importance_window"] == "stage":
+            scores = [earlier + now for earlier, now in zip(layer.scores, scores)]
+        layer.scores = scores
 
 
 @torch.no_grad()
@@ -266,12 +275,14 @@ def reinit(model, optimizer):
             scores = A.abs(), B.abs()
         rows = layer.lora_rows[most_important(scores[0], 0)]                    # Eq. 10
         columns = layer.lora_columns[most_important(scores[1], 1)]
-        layer.fix(+1)                                                           # Eq. 11
-        M, r = layer.region(rows, columns), 2 * len(A)                          # Eq. 12
-        dense = is_dense(r, *M.shape)
-        pair = (None, torch.zeros_like(M)) if dense else balanced(*region_svd(M, r, layer.own))
-        layer.begin(rows, columns, *pair)                                       # Eqs. 13, 14
-        layer.take_out()
+        layer.record(+1)                                                        # Eq. 11
+        M, r = layer.region(rows, columns), 2 * len(A)                          # Eq. 12, r_l^{i+1}
+        pair = None, torch.zeros_like(M)
+        if not is_dense(r, *M.shape):
+            how = (layer.own[key] for key in ("svd", "oversample", "local_init"))
+            pair = balanced(*region_svd(M, r, *how))                            # Eqs. 13, 14
+        layer.start(rows, columns, *pair)
+        layer.take_out()                                                        # Eqs. 14, 15
         replace(optimizer, A, layer.lora_local_A)
         replace(optimizer, B, layer.lora_local_B)
 
@@ -280,8 +291,8 @@ def replace(optimizer, old, new):
     """Parameter `new`, or none, takes the place of `old` in its group; the state of `old` goes."""
     optimizer.state.pop(old, None)
     for group in optimizer.param_groups:
-        places = [(new,) if p is old else (p,) for p in group["params"]]
-        group["params"] = [p for place in places for p in place if p is not None]
+        swapped = [new if p is old else p for p in group["params"]]
+        group["params"] = [p for p in swapped if p is not None]
 
 
 @torch.no_grad()
@@ -305,7 +316,7 @@ def restore(model, tensors):
         (o, i), W = layer.base.weight.shape, layer.base.weight
         new = dict(device=W.device, dtype=layer.lora_global_A.dtype)
         A, B, L = (tensors.get(f"{name}.lora_{key}") for key in ("fixed_A", "fixed_B", "local_A"))
-        if A is None or B is None or A.shape != (B.shape[-1], i) or B.shape != (o, len(A)):
+        if A is None or B is None or A.shape[1:] != (i,) or B.shape != (o, len(A)):
             raise ValueError(f"tensors {name}.lora_fixed_A and _B are missing or not for {o} x {i}")
         places = []
         for key, size in (("rows", i), ("columns", o)):
@@ -314,8 +325,8 @@ def restore(model, tensors):
                 raise ValueError(f"tensor {name}.lora_{key}, expected distinct, below {size}")
             places.append(index.to(W.device, torch.long))
         m, n = map(len, places)
-        r = m if L is None else len(L)
-        A_new = None if L is None else torch.empty(r, m, **new)     # load_state_dict fills them
-        layer.begin(*places, A_new, torch.empty(n, r, **new))
+        r = m if L is None else L.numel() // m
+        pair = torch.empty(r, m, **new), torch.empty(n, r, **new)   # load_state_dict fills them
+        layer.start(*places, None if L is None else pair[0], pair[1])
         layer.lora_fixed_A, layer.lora_fixed_B = A.to(**new), B.to(**new)
         layer.write(layer.lora_fixed_A, layer.lora_fixed_B)

@@ -403,6 +403,8 @@ def main(argv=None):
         optimizer.zero_grad()
         if step in run.reinits:
             method.reinit(model, optimizer)
+            if args.compile:        # new shapes: they would add up to dynamo's limit, and it falls back to eager
+                torch.compiler.reset()
         tokens += seen
         bar.update()
 

@@ -17,7 +17,7 @@ from data import commonsense
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("method", ["lora", "gralora", "cps_lora"])
+@pytest.mark.parametrize("method", ["lora", "gralora", "cps_lora", "glora"])
 def test_the_bundled_model_learns_two_step_problems(method, tmp_path):
     """GFA is the README's first command, whose figures .ci/run reads."""
     train.main(["--method", method, "--rank", "8", "--out_dir", str(tmp_path / "run")])
@@ -54,7 +54,8 @@ def test_smollm2_learns_the_form_of_boolq_and_merges(method, lr, smollm2, shared
     assert difference <= 1e-3
 
 
-@pytest.mark.parametrize("method, flags", [("gralora", ["--lr", "1e-3"]), ("cps_lora", ["--lr", "1e-3", "--reinit_every", "4s"])])
+@pytest.mark.parametrize("method, flags", [("gralora", ["--lr", "1e-3"]), ("cps_lora", ["--lr", "1e-3", "--reinit_every", "4s"]),
+                                           ("glora", ["--lr", "3e-4", "--reinit_every", "4s", "--svd", "randomized"])])
 def test_a_short_run_on_smollm2_merges_to_the_same_function(method, flags, smollm2, shared_data, tmp_path):
     """Twelve steps, with re-initialisations in between where there are any."""
     out = tmp_path / "run"

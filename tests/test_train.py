@@ -391,6 +391,15 @@ def observe(model, t, T):
     assert not (out / "summary.json").exists() and len(metrics(out)) == 2
 
 
+def test_compiled_blocks_are_compiled_anew_after_a_reinit_whose_shapes_would_exhaust_dynamos_limit(tmp_path, monkeypatch):
+    """Dynamo falls back to eager after 8 recompilations of one function; compilation itself is a slow test's."""
+    calls = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: calls.append("compile"))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
+    run("--method", "glora", *FAST, "--compile", "--max_steps", 5, "--reinit_every", "2s", "--no-eval_before", out=tmp_path / "run")
+    assert calls == ["compile"] * 4 + ["reset"] * 2
+
+
 def test_a_loss_that_is_not_finite_is_named(tiny):
     model = injected(tiny)
     with pytest.raises(RuntimeError, match="step 7: loss nan.*not finite: loss"):
