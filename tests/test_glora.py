@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import glora
@@ -550,6 +551,24 @@ def test_nothing_weight_sized_is_kept_for_autograd():
         assert kept and not [t.shape for t in kept if t.numel() >= 96 * 128 / 2 and t.data_ptr() not in weights]
         y.sum().backward()
         assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_forward_costs_the_adapters_alone():
+    """Per token 2 (r_g + r) (i + o) for a pair, zeros included, and 2 r_g (i + o) + 2 m n for a dense block."""
+    o, i, tokens = 96, 128, 7
+    model, optimizer, _ = injected(o, i, 4)
+    seen = set()
+    for s in range(4):
+        layer = model[0]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.randn(tokens, i).double())
+        dense = layer.lora_local_A is None
+        local = layer.lora_local_B.numel() if dense else 2 ** s * (i + o)
+        assert counter.get_total_flops() == 2 * tokens * (i * o + 3 * (i + o) + local)
+        seen.add(dense)
+        stage(model, optimizer)
+        glora.reinit(model, optimizer)
+    assert seen == {True, False}
 
 
 # ------------------------------------------------------------------------------------ saving
