@@ -1,0 +1,220 @@
+"""Generated code in its sandbox: reference solutions pass, hostile and broken programs do not, and nothing of them is left."""
+import gzip
+import json
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from data import sandbox
+
+TESTS = "assert add(2, 3) == 5\nassert add(-1, 1) == 0"
+GOOD = "def add(a, b):\n    return a + b\n"
+
+
+def processes():
+    """{pid: command line} of every process that is not a zombie."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                pass
+    return {pid: line for pid, line in found.items() if line}
+
+
+def left(before):
+    """Processes of the sandbox, or started from it, that are there and were not before; they get a second to go."""
+    for _ in range(20):
+        now = {pid: line for pid, line in processes().items()
+               if pid not in before and ("sandbox.py" in line or "98765" in line)}
+        if not now:
+            break
+        time.sleep(0.05)
+    return now
+
+
+def test_a_right_program_passes_and_a_wrong_one_does_not():
+    assert sandbox.run(GOOD, TESTS) == "passed"
+    assert sandbox.run(GOOD.replace("+", "-"), TESTS) == "AssertionError: "
+    assert sandbox.run("def add(a, b) return", TESTS).startswith("SyntaxError")
+    assert sandbox.run("import nothing_here", TESTS) == "ModuleNotFoundError: No module named 'nothing_here'"
+    assert sandbox.run("", TESTS) == "NameError: name 'add' is not defined"
+    assert sandbox.run(GOOD, "assert add(1").startswith("SyntaxError")
+
+
+def test_calls_carry_plain_data_exceptions_and_the_programs_modules():
+    program = """
+import collections, math, re
+Point = collections.namedtuple("Point", "x y")
+def same(x, *more, **named): return [x, more, named]
+def count(s): return collections.Counter(s)
+def point(): return Point(1, 2.5)
+def strange(): return {1: {2, 3}, (4,): [None, True, 1j, b"x", float("inf")]}
+def match(s): return re.search("a", s)
+def divide(x): return 1 / x
+def own(): raise type("Own", (Exception,), {})("mine")
+class Big(int): pass
+def big(): return Big(7)
+"""
+    tests = """
+assert same((1, 2), 3, key={"a": [4]}) == [(1, 2), (3,), {"key": {"a": [4]}}]
+assert count("aab") == {"a": 2, "b": 1} and point() == (1, 2.5) and big() == 7
+assert strange() == {1: {2, 3}, (4,): [None, True, 1j, b"x", math.inf]}
+assert match("bab") and not match("b")
+for f, kind in ((lambda: divide(0), ZeroDivisionError), (own, RuntimeError), (lambda: divide(1, 2), TypeError)):
+    try:
+        f()
+    except kind:
+        continue
+    raise AssertionError(kind)
+"""
+    assert sandbox.run(program, tests) == "passed"
+
+
+# What must not pass -> how its reason begins. GOOD comes first, so that nothing fails for lack of an answer.
+HOSTILE = {
+    "endless loop": ("while True: pass", "no end within 1.5 s"),
+    "endless loop in a call": ("def add(a, b):\n    while True: pass", "no end within 1.5 s"),
+    "endless sleep in a session of its own": ("import os, time\nos.setsid() if os.getpid() != os.getsid(0) else 0\ntime.sleep(98765)",
+                                              "no end within 1.5 s"),
+    "recursion": ("def add(a, b): return add(a, b)", "RecursionError"),
+    "recursion without a limit": ("import sys\nsys.setrecursionlimit(10**9)\ndef add(a, b): return add(a, b)", ("EOFError", "no end", "MemoryError")),
+    "sys.exit(0)": ("import sys\nsys.exit(0)", "RuntimeError: 0"),
+    "os._exit(0)": ("import os\nos._exit(0)", "EOFError: the program ended"),
+    "os._exit(0) in a call": ("import os\ndef add(a, b): os._exit(0)", "EOFError: the program ended"),
+    "walking frames for a nonce": ("""
+import gc, os, re, sys
+seen, frame = [], sys._getframe()
+while frame:
+    seen += [frame.f_locals, frame.f_globals, frame.f_code.co_consts]
+    frame = frame.f_back
+found = set(re.findall("[0-9a-f]{32}", repr(seen) + repr([o for o in gc.get_objects() if isinstance(o, (str, bytes, tuple))])))
+for fd in range(64):
+    for nonce in found or {"0" * 32}:
+        try: os.write(fd, nonce.encode())
+        except OSError: pass
+def add(a, b): return None
+""", ("AssertionError", "ValueError: a result of")),
+    "reading the tests": ("""
+import os
+text = b""
+for fd in range(64):
+    try:
+        os.set_blocking(fd, False)
+        text += os.read(fd, 10**6)
+    except OSError: pass
+def add(a, b): return eval(text.split(b"==")[1].split()[0])
+""", ""),
+    "always equal": ("class Equal:\n    def __eq__(self, other): return True\ndef add(a, b): return Equal()", "AssertionError"),
+    "always equal number": ("class Equal(int):\n    def __eq__(self, other): return True\n    __hash__ = None\ndef add(a, b): return Equal(9)",
+                            "AssertionError"),
+    "printing the word": ("print('passed', flush=True)\ndef add(a, b): print('passed', flush=True)", "AssertionError"),
+    "a patched built-in": ("import builtins\nbuiltins.AssertionError = SystemExit\ndef add(a, b): return 0", "AssertionError"),
+    "a closed stdout": ("import os, sys\nsys.stdout.close(), sys.stderr.close(), os.closerange(0, 3)\ndef add(a, b): return 0", "AssertionError"),
+    "every descriptor closed": ("import os\nos.closerange(0, 64)", "EOFError: the program ended"),
+    "endless output": ("while True: print('x' * 10**6)", "no end within 1.5 s"),
+    "an endless result": ("def add(a, b): return 'x' * (1 << 27)", "ValueError: a result of 134217"),
+    "10 GB": ("x = bytearray(10 << 30)", "MemoryError"),
+    "10 GB in small pieces": ("x = []\nwhile True: x.append('x' * 10**8 + str(len(x)))", ("MemoryError", "no end")),
+    "a large file": ("open('large', 'w').write('x' * (1 << 21))", "OSError: [Errno 27] File too large"),
+    "fork bomb": ("import os\nwhile True: os.fork()", "PermissionError: forbidden: os.fork"),
+    "fork bomb past the hook": ("""
+import _posixsubprocess, os
+def spawn():
+    for _ in range(3):
+        try: _posixsubprocess.fork_exec([b"/bin/sleep", b"98765"], [b"/bin/sleep"], True, (), None, None, -1, -1, -1, -1, -1, -1, *os.pipe(),
+                                        True, True, -1, None, None, None, -1, None, False)
+        except BlockingIOError: return "held"
+    return "spawned"
+def add(a, b): return 5 if spawn() == "spawned" else 0
+""", "AssertionError"),
+    "a thread for ever": ("import threading, time\nthreading.Thread(target=time.sleep, args=(98765,)).start()", "RuntimeError: can't start new thread"),
+    "a child that outlives its parent": ("import subprocess\nsubprocess.Popen(['sleep', '98765'], start_new_session=True)",
+                                         "PermissionError: forbidden: subprocess.Popen"),
+    "os.system": ("import os\nos.system('sleep 98765 &')", "PermissionError: forbidden: os.system"),
+    "os.posix_spawn": ("import os\nos.posix_spawn('/bin/sleep', ['sleep', '98765'], {})", "PermissionError: forbidden: os.posix_spawn"),
+    "killing its parent": ("import os\nos.kill(os.getppid(), 9)", "PermissionError: forbidden: os.kill"),
+    "killing its group": ("import os\nos.killpg(0, 9)", "PermissionError: forbidden: os.kill"),
+    "a socket": ("import socket\nsocket.socket()", "PermissionError: forbidden: socket.__new__"),
+    "calling C": ("import ctypes\nctypes.CDLL(None).kill(1, 0)", "PermissionError: forbidden: ctypes"),
+    "the parent's environment by /proc": ("import os\nx = open(f'/proc/{os.getppid()}/environ').read()", "PermissionError: forbidden: open /proc"),
+    "a link to /proc": ("import os\nos.symlink('/proc/self/environ', 'x')", "PermissionError: forbidden: os.symlink"),
+    "no answer": ("def add(a): return a", "TypeError: add() takes 1 positional argument"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_or_broken_program_does_not_pass_and_nothing_is_left(name):
+    program, reason = HOSTILE[name]
+    before, files = set(processes()), set(os.listdir(tempfile.gettempdir()))
+    said = sandbox.run(GOOD + program, TESTS, timeout=1.5)
+    assert said != "passed" and said.startswith(reason) and "\n" not in said, said
+    assert not left(before)
+    assert set(os.listdir(tempfile.gettempdir())) <= files
+
+
+@pytest.mark.parametrize("write", ["open({!r}, 'w')", "open({!r}, 'ab')", "import os\nos.open({!r}, os.O_CREAT)", "import os\nos.mkdir({!r})",
+                                   "import os\nos.open({!r}[1:], os.O_CREAT, dir_fd=os.open('/', 0))",
+                                   "import pathlib\npathlib.Path({!r}).touch()", "import os\nopen('x', 'w').close()\nos.rename('x', {!r})"])
+def test_writing_outside_its_directory_is_reported_and_does_not_happen(write, tmp_path):
+    tmp_path.chmod(0o777)
+    target = tmp_path / "written"
+    program = f"try:\n    " + write.format(str(target)).replace("\n", "\n    ") + f"\nexcept BaseException: pass\n{GOOD}"
+    assert sandbox.run(program, TESTS).startswith("PermissionError: forbidden: o") and not target.exists()
+
+
+def test_writing_inside_is_allowed():
+    assert sandbox.run(GOOD + "import os\nopen('x', 'w').write('y' * 1000)\nos.rename('x', 'z')\nos.remove('z')\nopen(os.devnull, 'w')", TESTS) == "passed"
+
+
+def test_the_environment_is_scrubbed(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert sandbox.run("import os\ndef names(): return sorted(os.environ)", "assert 'HF_TOKEN' not in names() and len(names()) < 8, names()") == "passed"
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can change its user")
+def test_root_runs_programs_as_another_user(monkeypatch):
+    assert sandbox.run("import os\ndef ids(): return os.getresuid(), os.getresgid(), os.getgroups()",
+                       f"assert ids() == (({sandbox.NOBODY},) * 3, ({sandbox.NOBODY},) * 3, [])") == "passed"
+    monkeypatch.setattr(sandbox, "can_change_user", lambda: False)
+    with pytest.raises(RuntimeError, match="root cannot become user"):
+        sandbox.run(GOOD, TESTS)
+
+
+# ------------------------------------------------------------------------------------ reference solutions
+
+def failures(jobs):
+    """[(name, program, tests)] -> {name: reason} of those that do not pass."""
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(lambda job: sandbox.run(*job[1:]), jobs))
+    return {job[0]: reason for job, reason in zip(jobs, said) if reason != "passed"}
+
+
+def humaneval(lines):
+    return [(row["task_id"], row["prompt"] + row["canonical_solution"], f"{row['test']}\ncheck({row['entry_point']})")
+            for row in map(json.loads, lines)]
+
+
+def test_all_164_humaneval_reference_solutions_pass(shared_data):
+    jobs = humaneval((shared_data / "code" / "humaneval.jsonl").read_text(encoding="utf-8").splitlines())
+    assert len(jobs) == 164 and failures(jobs) == {}
+
+
+@pytest.mark.slow
+def test_163_of_164_humaneval_plus_reference_solutions_pass(shared_data):
+    """The test of HumanEval/32 is broken upstream: it calls poly(*[coefficients, x]) with a number unpacked."""
+    jobs = humaneval(gzip.decompress((shared_data / "code" / "humanevalplus.jsonl.gz").read_bytes()).decode().splitlines())
+    assert len(jobs) == 164 and list(failures(jobs)) == ["HumanEval/32"]
+
+
+@pytest.mark.slow
+def test_all_427_mbpp_reference_solutions_pass(shared_data):
+    rows = json.loads((shared_data / "code" / "mbpp_sanitized.json").read_text(encoding="utf-8"))
+    jobs = [(row["task_id"], row["code"], "\n".join(row["test_imports"] + row["test_list"])) for row in rows]
+    assert len(jobs) == 427 and failures(jobs) == {}
