@@ -128,6 +128,8 @@ def load_adapter(model, directory):
             method.restore(model, tensors)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
+    if hasattr(model, "classifier"):        # which trains in fp32 beside any adapter
+        model.classifier.float()
     expected = adapter_tensors(model)
     head = {name: t for name, t in model.state_dict().items() if name.startswith("classifier.")}
     if getattr(model, "fresh_head", False) or tensors.keys() & head.keys():
@@ -138,8 +140,9 @@ def load_adapter(model, directory):
         if expected[name].shape != tensors[name].shape:
             raise ValueError(f"{file}: tensor {name} has shape {tuple(tensors[name].shape)}, "
                              f"the model expects {tuple(expected[name].shape)}")
-    tensors = {name: t.to(device, expected[name].dtype) for name, t in tensors.items()}
-    model.load_state_dict(tensors, strict=False, assign=True)
+    if hasattr(method, "restore"):      # what is still on the meta device can only be assigned
+        tensors = {name: t.to(device, expected[name].dtype) for name, t in tensors.items()}
+    model.load_state_dict(tensors, strict=False, assign=hasattr(method, "restore"))
     return method, record
 
 

@@ -1,12 +1,14 @@
 """
-Evaluation: the prompt template, batched greedy generation, likelihood of choices. train.py calls it; it runs alone, too.
+Evaluation: the prompt template, batched generation, likelihood of choices, classification. train.py calls it; alone:
 
     python evaluate.py --model DIR [--adapter DIR] --task boolq --data DIR --limit 100
+    python evaluate.py --list                                                               # every task, and its files
 """
 import argparse
 import importlib
 import json
-from contextlib import contextmanager
+import re
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -24,11 +26,12 @@ PROMPT = TASK + ". " + REQUEST + "{instruction}\n\n### Response:\n"
 PROMPT_WITH_INPUT = (TASK + ", paired with an input that provides further context. " + REQUEST
                      + "{instruction}\n\n### Input:\n{input}\n\n### Response:\n")
 BATCH_TOKENS = 8192     # tokens, pads and room for the answers included, that one forward pass may see
+STOP_EVERY = 16         # new tokens between two looks for a task's stop patterns
 
 
 def prompt_text(row):
-    """The one template, for training and evaluation."""
-    return (PROMPT_WITH_INPUT if row.get("input") else PROMPT).format(**row)
+    """The one template, for training and evaluation; a row's `prefix` opens the response."""
+    return (PROMPT_WITH_INPUT if row.get("input") else PROMPT).format(**row) + row.get("prefix", "")
 
 
 def prompt_ids(tokenizer, row):
@@ -60,29 +63,59 @@ def batches(sizes, budget):
         order = order[count:]
 
 
+def supervised(model, example):
+    """What an example is supervised on: its tokens from `start` on, or one label."""
+    ids, start = example
+    return 1 if hasattr(model, "classifier") else len(ids) - max(start, 1)
+
+
+def token_losses(model, examples):
+    """Cross-entropy (nats) of every supervised token, or label, of the examples [(ids, start or label), ..], in order."""
+    device = next(model.parameters()).device
+    if hasattr(model, "classifier"):
+        logits, labels = classify(model, examples), torch.tensor([label for _, label in examples], device=device)
+    else:
+        ids, lengths, keep, labels = pack(examples, device)
+        logits = model(ids, lengths, keep)
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def classify(model, examples):
+    """Logits (b, labels) of a classifier; the examples are laid end to end."""
+    ids = torch.tensor([token for tokens, _ in examples for token in tokens], device=next(model.parameters()).device)
+    return model(ids, [len(tokens) for tokens, _ in examples])
+
+
 @torch.no_grad()
 def nll(model, examples):
-    """Negative log-likelihood (nats, summed over the supervised tokens) and their number, for each (ids, start)."""
-    device, out = next(model.parameters()).device, [None] * len(examples)
+    """Negative log-likelihood (nats, summed over what is supervised) and how much that is, for each example."""
+    out = [None] * len(examples)
     for chosen in batches([len(ids) for ids, _ in examples], BATCH_TOKENS):
-        ids, lengths, keep, labels = pack([examples[i] for i in chosen], device)
-        losses = F.cross_entropy(model(ids, lengths, keep).float(), labels, reduction="none")
-        counts = [len(examples[i][0]) - max(examples[i][1], 1) for i in chosen]
-        for i, part in zip(chosen, losses.split(counts)):
+        counts = [supervised(model, examples[i]) for i in chosen]
+        for i, part in zip(chosen, token_losses(model, [examples[i] for i in chosen]).split(counts)):
             out[i] = part.sum().item(), len(part)
     return out
 
 
-@torch.no_grad()
-def generate(model, prompts, max_new_tokens, eos, vocabulary=None, progress=False):
-    """
-    Greedy continuations, without the EOS, of prompts (lists of ids) -> lists of ids.
+def pick(logits, temperature=0.0, top_p=1.0):
+    """Next tokens (b,) from logits (b, v): the likeliest, or drawn from the likeliest that hold top_p together."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = torch.softmax(logits.float() / temperature, -1).sort(-1, descending=True)
+    p[p.cumsum(-1) - p >= top_p] = 0                            # the first is always kept
+    return order.gather(-1, torch.multinomial(p, 1))[:, 0]
 
-    Prompts of about one length share a batch, padded on the left; a row stops at any id of eos.
-    Logits past `vocabulary` are masked: embeddings are often padded beyond what the tokenizer can decode.
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, eos, vocabulary=None, temperature=0.0, top_p=1.0, finished=None, each=None):
+    """
+    Continuations, without the EOS, of prompts (lists of ids) -> lists of ids; greedy, or sampled at a temperature.
+
+    Prompts of about one length share a batch, padded on the left; a row stops at any id of eos, or soon after
+    finished(i, ids) says so. Logits past `vocabulary` are masked: embeddings are often padded beyond what the
+    tokenizer can decode. each(i, ids) is told every row as soon as its batch is done.
     """
     device, out = next(model.parameters()).device, [None] * len(prompts)
-    bar = tqdm(total=len(prompts), desc="generate", disable=None if progress else True, leave=False)
     for chosen in batches([len(p) + max_new_tokens for p in prompts], BATCH_TOKENS):
         b, t = len(chosen), max(len(prompts[i]) for i in chosen)
         ids, real = torch.zeros(b, t, dtype=torch.long), torch.ones(b, t + max_new_tokens, dtype=torch.bool)
@@ -95,16 +128,20 @@ def generate(model, prompts, max_new_tokens, eos, vocabulary=None, progress=Fals
         for _ in range(max_new_tokens):
             now = past + ids.shape[1]
             last = torch.arange(1, b + 1, device=device) * ids.shape[1] - 1
-            token = model(ids, keep=last, real=real[:, :now], cache=cache, past=past)[:, :vocabulary].argmax(-1)
+            logits = model(ids, keep=last, real=real[:, :now], cache=cache, past=past)[:, :vocabulary]
+            token = pick(logits, temperature, top_p)
             tokens.append(token)
             stopped |= torch.isin(token, stop)
+            if finished and len(tokens) % STOP_EVERY == 0:
+                texts = torch.stack(tokens, 1).tolist()
+                stopped |= torch.tensor([finished(i, text) for i, text in zip(chosen, texts)], device=device)
             if stopped.all():
                 break
             ids, past = token[:, None], now
         for i, row in zip(chosen, torch.stack(tokens, 1).tolist()):
             out[i] = row[:next((j for j, token in enumerate(row) if token in eos), None)]
-        bar.update(b)
-    bar.close()
+            if each:
+                each(i, out[i])
     return out
 
 
@@ -113,13 +150,17 @@ def generate(model, prompts, max_new_tokens, eos, vocabulary=None, progress=Fals
 ROOT = Path(__file__).resolve().parent
 
 
+def task_files():
+    return [importlib.import_module(f"data.{file.stem}") for file in sorted((ROOT / "data").glob("*.py"))
+            if "\nTASKS = " in file.read_text(encoding="utf-8")]
+
+
 def find_task(task):
     """
     A family, one set of it, or a path to a .json / .jsonl -> the task file's module and the names of its test sets.
     ValueError lists what there is.
     """
-    modules = [importlib.import_module(f"data.{file.stem}") for file in sorted((ROOT / "data").glob("*.py"))
-               if "\nTASKS = " in file.read_text(encoding="utf-8")]
+    modules = task_files()
     for module in modules:
         if task == module.FAMILY and module.TASKS:
             return module, list(module.TASKS)
@@ -162,56 +203,131 @@ def eval_mode(model):
 
 
 def example(tokenizer, row, text=None):
-    """(ids, start) of a row's prompt and its output, closed by EOS; or of its prompt and another text, not closed."""
+    """
+    (ids, start) of a row's prompt and its output, closed by EOS; or of its prompt and another text, not closed.
+    (ids, label) of a row with a label.
+    """
+    if "label" in row:
+        return tokenizer.pair(row["text"], row["pair"]), row["label"]
     prompt = prompt_ids(tokenizer, row)
     answer = tokenizer.encode(row["output"]) + tokenizer.eos[:1] if text is None else tokenizer.encode(text)
     return prompt + answer, len(prompt)
 
 
-def evaluate(model, tokenizer, module, rows, file=None):
+def read_outputs(file, rows):
+    """The outputs that an interrupted run left in `file`, None for each row without one. ValueError for other prompts."""
+    outputs = [None] * len(rows)
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else [], 1):
+        try:
+            line = json.loads(line)
+        except ValueError:
+            continue                                            # cut off in the middle: generated again
+        i = line.get("row", -1)
+        if not 0 <= i < len(rows) or line.get("prompt") != prompt_text(rows[i]):
+            raise ValueError(f"{file}: line {number} holds the output of another prompt than row {i} of this run")
+        outputs[i] = line["output"]
+    return outputs
+
+
+def complete(model, tokenizer, module, rows, file=None, rule="strict", temperature=0.0, top_p=1.0):
+    """An output for each row. Each is appended to `file` as soon as it is there; those that it holds are kept."""
+    outputs = read_outputs(file, rows) if file else [None] * len(rows)
+    todo = [i for i, output in enumerate(outputs) if output is None]
+    stops = [[re.compile(stop) for stop in row.get("stop", module.STOP)] for row in rows]
+    bar = tqdm(total=len(rows), initial=len(rows) - len(todo), desc="generate", disable=None, leave=False)
+
+    def finished(k, ids):
+        text = tokenizer.decode(ids)
+        return any(stop.search(text) for stop in stops[todo[k]])
+
+    def each(k, ids):
+        i = todo[k]
+        outputs[i] = tokenizer.decode(ids)
+        if dump:
+            print(json.dumps(dict(row=i, prompt=prompt_text(rows[i]), output=outputs[i]), ensure_ascii=False), file=dump, flush=True)
+        bar.update()
+        if module.KIND == "generate" and not bar.disable:       # so far
+            done = [(output, row) for output, row in zip(outputs, rows) if output is not None]
+            bar.set_postfix_str(f"accuracy {module.score(*zip(*done), rule)['accuracy']:.1%}", refresh=False)
+
+    with open(file, "a", encoding="utf-8") if file else nullcontext() as dump, bar:
+        generate(model, [prompt_ids(tokenizer, rows[i]) for i in todo], module.MAX_NEW_TOKENS, tokenizer.eos, tokenizer.size,
+                 temperature, top_p, finished if any(stops) else None, each)
+    return outputs
+
+
+def evaluate(model, tokenizer, module, rows, file=None, rule="strict", n=1, temperature=0.0, top_p=1.0, execute=False):
     """
-    Every measure of one set, {"accuracy", "loss"[, "likelihood", "majority"]}: accuracy by generation; nats per token
-    of the right outputs, EOS included; accuracy of the likeliest choice, and of always saying the commonest answer.
-    Writes one JSON line a row to `file`: prompt, output, extracted, answer, correct[, chosen].
+    Every measure of one set: the task's own (accuracy, pass@k, Matthews ..) of n outputs a row; "loss", nats per token of
+    the right outputs, EOS included, or per label; with choices "likelihood", the accuracy of the likeliest one.
+    Code is run, and so scored, only with `execute`. model None: outputs are those in `file`, and only they are scored.
+    Writes one JSON line an output to `file`: row, prompt, output, extracted, answer, correct[, chosen].
     """
-    with eval_mode(model):
-        new = generate(model, [prompt_ids(tokenizer, row) for row in rows], module.MAX_NEW_TOKENS, tokenizer.eos,
-                       tokenizer.size, progress=True)
-        outputs = [tokenizer.decode(ids) for ids in new]
-        losses = nll(model, [example(tokenizer, row) for row in rows])
-        choices = [(i, answer, text) for i, row in enumerate(rows) for answer, text in row.get("choices", {}).items()]
-        choice_losses = nll(model, [example(tokenizer, rows[i], text) for i, _, text in choices])
-    result = module.score(outputs, rows)
-    extracted, correct = result.pop("extracted"), result.pop("correct")
-    result["loss"] = sum(total for total, _ in losses) / sum(count for _, count in losses)
-    chosen = {}
-    for (i, answer, _), (loss, _) in sorted(zip(choices, choice_losses), key=lambda c: -c[1][0]):
-        chosen[i] = answer                                      # the least loss comes last and stays
-    if chosen:
-        result["likelihood"] = sum(chosen[i] == rows[i]["answer"] for i in chosen) / len(chosen)
+    samples, result, chosen = [row for row in rows for _ in range(n)], {}, {}
+    if model is None:
+        outputs = read_outputs(file, samples)
+        if None in outputs:
+            raise ValueError(f"{file}: holds {len(outputs) - outputs.count(None)} of {len(outputs)} outputs")
+    else:
+        with eval_mode(model):
+            examples = [example(tokenizer, row) for row in rows]
+            if module.KIND == "classify":
+                outputs = [None] * len(rows)
+                for some in batches([len(ids) for ids, _ in examples], BATCH_TOKENS):
+                    with torch.no_grad():
+                        best = classify(model, [examples[i] for i in some]).argmax(-1).tolist()
+                    for i, label in zip(some, best):
+                        outputs[i] = label
+            else:
+                outputs = complete(model, tokenizer, module, samples, file, rule, temperature, top_p)
+            losses = nll(model, examples)
+            choices = [(i, answer, text) for i, row in enumerate(rows) for answer, text in row.get("choices", {}).items()]
+            choice_losses = nll(model, [example(tokenizer, rows[i], text) for i, _, text in choices])
+        result["loss"] = sum(total for total, _ in losses) / sum(count for _, count in losses)
+        for (i, answer, _), (loss, _) in sorted(zip(choices, choice_losses), key=lambda c: -c[1][0]):
+            chosen[i] = answer                                  # the least loss comes last and stays
+        if chosen:
+            result["likelihood"] = sum(chosen[i] == rows[i]["answer"] for i in chosen) / len(chosen)
+    scored = {}
+    if module.KIND != "execute" or execute:
+        scored = module.score(outputs, samples, rule)
+    lines = []
+    for i, (row, output) in enumerate(zip(samples, outputs)):
+        line = dict(row=i, prompt=row["text"] if "label" in row else prompt_text(row), output=output)
+        if scored:
+            line |= dict(extracted=scored["extracted"][i], answer=row.get("answer", row.get("output")), correct=scored["correct"][i])
+        lines.append(line | ({"chosen": chosen[i // n]} if i // n in chosen else {}))
     if file is not None:
-        with open(file, "w", encoding="utf-8") as f:
-            for i, row in enumerate(rows):
-                line = dict(prompt=prompt_text(row), output=outputs[i], extracted=extracted[i],
-                            answer=row.get("answer", row["output"]), correct=correct[i])
-                f.write(json.dumps(line | ({"chosen": chosen[i]} if i in chosen else {}), ensure_ascii=False) + "\n")
-    return result
+        part = file.with_name(f".{file.name}.part")
+        part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        part.replace(file)
+    return {key: value for key, value in scored.items() if key not in ("extracted", "correct")} | result
 
 
-def evaluate_sets(model, tokenizer, module, sets, name_file=lambda name: None):
+def evaluate_sets(model, tokenizer, module, sets, name_file=lambda name: None, **how):
     """
-    {set: rows} -> {measure: {"mean": over the sets, set: value, ..}}, and prints a line a set.
-    name_file(set) names the file of a set's examples.
+    {set: rows} -> {measure: {"mean": over the sets, set: value, ..}}, and prints a line a set. "main" is each set's own
+    metric, as its task file names it. name_file(set) names the file of a set's outputs; `how` is evaluate's.
     """
     table = {}
     for name, rows in sets.items():
-        result = evaluate(model, tokenizer, module, rows, name_file(name))
+        result = evaluate(model, tokenizer, module, rows, name_file(name), **how)
+        if module.KIND == "execute" and not how.get("execute"):
+            print(f"{name}: not scored, since that runs generated code: --allow_code_execution, see data/sandbox.py")
         cells = (f"{measure} {value:.4f}" if measure == "loss" else f"{measure} {value:6.1%}"
                  for measure, value in result.items())
         print(f"{Path(name).stem:16}{'  '.join(cells)}  ({len(rows)} rows)", flush=True)
-        for measure, value in result.items():
+        metric = module.TASKS.get(name, {}).get("metric", "accuracy")
+        for measure, value in (result | ({"main": result[metric]} if metric in result else {})).items():
             table.setdefault(measure, {})[name] = value
+    if hasattr(module, "NOTE"):
+        print(f"note: {module.NOTE}")
     return {measure: {"mean": sum(values.values()) / len(values), **values} for measure, values in table.items()}
+
+
+def missing(module, names):
+    """A line that names the sets that were not found, and where they come from."""
+    return "; ".join(f"{name} ({module.TASKS[name]['file']}, from {module.TASKS[name]['source']})" for name in names)
 
 
 class Parser(argparse.ArgumentParser):
@@ -221,40 +337,80 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def list_tasks():
+    for module in task_files():
+        for name, entry in module.TASKS.items():
+            print(f"{module.FAMILY:12} {name:14} {entry['rows']:6} rows  {entry['metric']:9} {entry['file']:32} from {entry['source']}")
+
+
 def main(argv=None):
     p = Parser(prog="evaluate.py", description=__doc__.split("\n")[1], allow_abbrev=False)
-    p.add_argument("--model", default=str(ROOT / "data" / "tiny"), help="Hugging Face directory or hub id")
-    p.add_argument("--adapter", help="adapter directory that train.py wrote")
-    p.add_argument("--task", default="arithmetic", help="family, set, or path to a .json / .jsonl")
-    p.add_argument("--data", default=".", help="directory of the data sets")
-    p.add_argument("--limit", type=int, help="rows per set")
-    p.add_argument("--out", help="directory for the examples, <set>.jsonl; must not exist")
-    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    p.add_argument("--device", default="auto")
+    add, flag = p.add_argument, argparse.BooleanOptionalAction
+    add("--list", action="store_true", help="show every task: rows, metric, file under --data, source; and stop")
+    add("--model", default=str(ROOT / "data" / "tiny"), help="Hugging Face directory or hub id")
+    add("--adapter", help="adapter directory that train.py wrote")
+    add("--task", default="arithmetic", help="family, set, or path to a .json / .jsonl")
+    add("--data", default=".", help="directory of the data sets")
+    add("--limit", type=int, help="rows per set")
+    add("--out", help="directory for the outputs, <set>.jsonl; a run that was stopped goes on where the same command left it")
+    add("--score_only", action=flag, default=False, help="score the outputs in --out again, without the model")
+    add("--rule", default="strict", choices=["strict", "paper"], help="how answers are read off (math); paper: as LLM-Adapters")
+    add("--n", type=int, default=1, help="outputs a row, for pass@k")
+    add("--temperature", type=float, default=0.0, help="0: greedy")
+    add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens that hold this probability")
+    add("--allow_code_execution", action=flag, default=False, help="run the generated code, see data/sandbox.py")
+    add("--seed", type=int, default=0)
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    add("--device", default="auto")
     args = p.parse_args(argv)
-    if args.limit is not None and args.limit < 1:
-        p.error(f"--limit {args.limit}, expected at least 1")
+    if args.list:
+        return list_tasks()
+    for name in ("limit", "n"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name} {getattr(args, name)}, expected at least 1")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        p.error(f"--temperature {args.temperature:g} --top_p {args.top_p:g}, expected 0 or more, and 0 < top_p <= 1")
+    if args.n > 1 and args.temperature == 0:
+        p.error(f"--n {args.n}: greedy outputs are all the same, give --temperature")
     try:
         module, names = find_task(args.task)
         sets, absent = test_rows(module, names, args.data, args.limit)
         out = Path(args.out) if args.out else None
+        settings = {k: v for k, v in vars(args).items() if k not in ("out", "score_only", "allow_code_execution", "rule", "device")}
         if out and out.exists():
-            raise ValueError(f"{out}: exists already")
-        device = pick_device(args.device)
-        model = load(args.model, pick_dtype(args.dtype, device), device)
-        check_kind(model, module)
-        tokenizer = Tokenizer(args.model, model.cfg)
-        if args.adapter:
-            checkpoint.load_adapter(model, args.adapter)
+            before = out / "args.json"
+            if not before.is_file() or (held := json.loads(before.read_text(encoding="utf-8"))) != settings:
+                raise ValueError(f"{out}: exists already, and holds " + (
+                    "no run of evaluate.py" if not before.is_file() else "a run with other settings: " + ", ".join(
+                        f"{k} {held.get(k)!r}" for k in settings if settings[k] != held.get(k))))
+        if args.score_only and not (out and out.exists()):
+            raise ValueError(f"--score_only: no outputs in --out {out}")
+        model = tokenizer = None
+        if not args.score_only:
+            device = pick_device(args.device)
+            labels = {len(module.TASKS[name]["labels"]) for name in sets} if module.KIND == "classify" else {None}
+            model = load(args.model, pick_dtype(args.dtype, device), device, num_labels=labels.pop() if len(labels) == 1 else None)
+            check_kind(model, module)
+            tokenizer = Tokenizer(args.model, model.cfg)
+            if args.adapter:
+                checkpoint.load_adapter(model, args.adapter)
+            if module.KIND == "classify":       # a family may need heads of several sizes, and the model has one
+                needs = {name: len(module.TASKS[name]["labels"]) for name in sets}
+                sets = {name: rows for name, rows in sets.items() if needs[name] == model.cfg.num_labels}
+                for name in needs.keys() - sets.keys():
+                    print(f"{name} needs a head of {needs[name]} labels, the model's has {model.cfg.num_labels}")
+        if out and not out.exists():
+            out.mkdir(parents=True)
+            checkpoint.write_json(out / "args.json", settings)
+        torch.manual_seed(args.seed)
+        how = dict(rule=args.rule, n=args.n, temperature=args.temperature, top_p=args.top_p, execute=args.allow_code_execution)
+        table = evaluate_sets(model, tokenizer, module, sets, lambda name: out and out / f"{Path(name).stem}.jsonl", **how)
     except (ValueError, OSError) as error:
         p.error(error)
-    if out:
-        out.mkdir(parents=True)
-    table = evaluate_sets(model, tokenizer, module, sets, lambda name: out and out / f"{Path(name).stem}.jsonl")
     if absent:
-        print(f"not found: {', '.join(absent)}; the mean is over the others")
+        print(f"not found: {missing(module, absent)}; the mean is over the others")
     if len(sets) > 1:
-        print("  ".join(f"mean {k} {v['mean']:.4f}" for k, v in table.items()))
+        print("  ".join(f"mean {k} {v['mean']:.4f}" for k, v in table.items() if k != "main"))
 
 
 if __name__ == "__main__":

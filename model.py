@@ -289,7 +289,8 @@ class RobertaClassifier(nn.Module):
             else:
                 x = layer(x, lengths, mask)
         head = self.classifier
-        x = torch.tanh(head["dense"](F.dropout(x[first], p, self.training)))            # (b, d), the <s> tokens
+        x = x[first].to(head["dense"].weight.dtype)     # (b, d), the <s> tokens; a head that trains is fp32
+        x = torch.tanh(head["dense"](F.dropout(x, p, self.training)))
         return head["out_proj"](F.dropout(x, p, self.training))
 
 
@@ -478,6 +479,7 @@ class Tokenizer:
     bos   what the tokenizer's own post-processor puts before a text: [] for Qwen, [id] for LLaMA
     eos   ids that end a text, from config.json and generation_config.json; eos[0] closes a training example
     size  vocabulary, added tokens included; the embedding may be padded beyond it
+    longest  tokens that an encoder has positions for; None for the others, which have no table of them
     """
 
     def __init__(self, path, cfg):
@@ -495,6 +497,7 @@ class Tokenizer:
         self.size = 1 + max(self.fast.get_vocab().values(), default=-1)
         if self.size > cfg.vocab_size:
             raise ValueError(f"{file}: {self.size} tokens, the model's embedding has {cfg.vocab_size}")
+        self.longest = cfg.max_position_embeddings - cfg.pad_token_id - 1 if cfg.model_type == "roberta" else None
         as_list = lambda ids: [] if ids is None else ids if isinstance(ids, list) else [ids]
         generation = directory / "generation_config.json"
         listed = as_list(read_json(generation).get("eos_token_id")) if generation.exists() else []
@@ -510,3 +513,13 @@ class Tokenizer:
 
     def decode(self, ids):
         return self.fast.decode(ids)
+
+    def pair(self, text, other=None, longest=None):
+        """Ids of a text, or of two, with all special tokens; of the longer one as much as the model has positions for."""
+        longest = min(length for length in (longest, self.longest) if length)
+        ids = self.fast.encode(text, other).ids
+        if len(ids) > longest:
+            self.fast.enable_truncation(longest)
+            ids = self.fast.encode(text, other).ids
+            self.fast.no_truncation()
+        return ids

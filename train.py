@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
-from evaluate import Parser, check_kind, evaluate_sets, eval_mode, example, find_task, nll, pack, test_rows
+from evaluate import (Parser, check_kind, evaluate_sets, eval_mode, example, find_task, missing, nll, supervised, test_rows,
+                      token_losses)
 from model import Tokenizer, load, pick_device, pick_dtype, targets_of
 
 ROOT = Path(__file__).resolve().parent
@@ -122,6 +123,8 @@ def parse(argv):
     add("--checkpointing", action=flag, default=False, help="recompute activations: less memory, slower")
     add("--eval_limit", type=int, help="evaluate on the first N rows of each set")
     add("--eval_every", type=int, help="validation loss every N steps; none: every epoch, with --val_rows")
+    add("--rule", default="strict", choices=["strict", "paper"], help="how answers are read off (math); paper: as LLM-Adapters")
+    add("--allow_code_execution", action=flag, default=False, help="run the generated code to score it, see data/sandbox.py")
     add("--eval_before", action=flag, default=True, help="evaluate before training, too")
     add("--log_every", type=int, default=10)
     add("--save_steps", type=int, help="save the adapter every N steps")
@@ -172,11 +175,16 @@ def check(p, args, method):
 
 def encode(tokenizer, rows, max_len, train_on_prompt=False):
     """
-    [(ids, start)] of prompt + answer + EOS, supervised from `start`, and how many rows were cut to max_len.
+    [(ids, start)] of prompt + answer + EOS, supervised from `start`, or [(ids, label)]; and how many rows were cut.
     A long prompt loses its beginning (not its BOS), so that the answer and its EOS stay whole where they can.
     """
     examples, cut = [], 0
     for row in rows:
+        if "label" in row:
+            ids = tokenizer.pair(row["text"], row["pair"], max_len)
+            cut += len(ids) < len(tokenizer.fast.encode(row["text"], row["pair"]).ids)
+            examples.append((ids, row["label"]))
+            continue
         ids, start = example(tokenizer, row)
         if (over := len(ids) - max_len) > 0:
             bos = len(tokenizer.bos)
@@ -243,14 +251,13 @@ def backward(model, batch, micro_batch_size):
     Gradient of the mean loss over the batch's supervised tokens -> (that loss, tokens seen).
     Each micro-batch counts by its supervised tokens, so the gradient does not depend on micro_batch_size.
     """
-    device = next(model.parameters()).device
-    supervised = sum(len(ids) - max(start, 1) for ids, start in batch)
+    count = sum(supervised(model, one) for one in batch)
     total, seen = 0.0, 0
     for i in range(0, len(batch), micro_batch_size):
-        ids, lengths, keep, labels = pack(batch[i:i + micro_batch_size], device)
-        loss = F.cross_entropy(model(ids, lengths, keep).float(), labels, reduction="sum") / supervised
+        some = batch[i:i + micro_batch_size]
+        loss = token_losses(model, some).sum() / count
         loss.backward()
-        total, seen = total + loss.detach(), seen + len(ids)
+        total, seen = total + loss.detach(), seen + sum(len(ids) for ids, _ in some)
     return total.item(), seen
 
 
@@ -298,7 +305,8 @@ def prepare(args, method):
         raise ValueError(f"val_rows {args.val_rows}, there are {len(rows)} training rows")
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    run.model = load(args.model, pick_dtype(args.dtype, device), device)
+    labels = len(run.module.TASKS[args.task]["labels"]) if run.module.KIND == "classify" else None
+    run.model = load(args.model, pick_dtype(args.dtype, device), device, labels)
     check_kind(run.model, run.module)
     run.tokenizer = Tokenizer(args.model, run.model.cfg)
     run.train, run.cut = encode(run.tokenizer, rows, args.max_len, args.train_on_prompt)
@@ -316,6 +324,8 @@ def prepare(args, method):
                       alpha=args.alpha, dropout=args.dropout, own=own, model=str(args.model))
     run.size = sum(p.numel() for p in run.model.parameters())
     method.inject(run.model, targets, args.rank, args.alpha, args.dropout, **own)
+    if hasattr(run.model, "classifier"):        # trains beside any adapter, in fp32 as they do
+        run.model.classifier.float().requires_grad_(True)
     run.params = [p for p in run.model.parameters() if p.requires_grad]
     run.optimizer = make_optimizer(method, args, run.params)
     return run
@@ -324,9 +334,11 @@ def prepare(args, method):
 def describe(args, run):
     """The first lines: what is adapted, on what, in which portions."""
     trainable, tokens = sum(p.numel() for p in run.params), sum(len(ids) for ids, _ in run.train)
+    head = sum(p.numel() for p in run.model.classifier.parameters()) if hasattr(run.model, "classifier") else 0
+    trainable -= head       # adapters are counted without the head, as in GFA's tables
     adapted = sum(hasattr(m, "delta") for m in run.model.modules())
     print(f"{args.method}: {f'{adapted} modules' if adapted else 'all weights'}, {trainable:,} trainable parameters, "
-          f"{100 * trainable / run.size:.3f} % of the model's {run.size:,}")
+          f"{100 * trainable / run.size:.3f} % of the model's {run.size:,}" + (f", and {head:,} of its head" if head else ""))
     print(f"batch {args.micro_batch_size} x {args.batch_size // args.micro_batch_size} = {args.batch_size}, "
           f"{run.steps} steps of {run.steps_per_epoch} an epoch, peak learning rate {args.lr:g}")
     print(f"{len(run.train)} examples, {tokens:,} tokens, {run.cut} truncated to {args.max_len}", flush=True)
@@ -362,11 +374,12 @@ def main(argv=None):
     summary = dict(task=args.task, method=args.method, rank=args.rank, trainable=trainable, steps=run.steps)
 
     def measure(when):
-        table = evaluate_sets(model, tokenizer, run.module, run.sets,
-                              lambda name: out / "eval" / f"{Path(name).stem}.{when}.jsonl")
-        summary[when], summary[f"loss_{when}"] = table["accuracy"], table["loss"]["mean"]
-        if "likelihood" in table:
-            summary[f"{when}_likelihood"], summary["majority"] = table["likelihood"], table["majority"]
+        table = evaluate_sets(model, tokenizer, run.module, run.sets, lambda name: out / "eval" / f"{Path(name).stem}.{when}.jsonl",
+                              rule=args.rule, execute=args.allow_code_execution)
+        summary[when], summary[f"loss_{when}"] = table.pop("main", {}), table.pop("loss")["mean"]
+        if "majority" in table:
+            summary["majority"] = table.pop("majority")
+        summary.update({f"{when}_{measure}": values for measure, values in table.items() if values != summary[when]})
 
     started = time.perf_counter()
     if args.eval_before:
@@ -439,7 +452,7 @@ def main(argv=None):
     measure("after")
     if run.absent:
         summary["absent"] = run.absent
-        print(f"not found: {', '.join(run.absent)}; the mean is over the others")
+        print(f"not found: {missing(run.module, run.absent)}; the mean is over the others")
     if best:
         summary["best"] = best
     summary |= dict(tokens_per_second=training_tokens / training_seconds, seconds=time.perf_counter() - started)
@@ -448,9 +461,10 @@ def main(argv=None):
         method.merge(model)
         checkpoint.save_merged(out / "merged", model, args.model)
     plot(out)
-    before = f"{summary['before']['mean']:.1%} -> " if args.eval_before else ""
-    after = f"{summary['after']['mean']:.1%}"
-    print(f"accuracy {before}{after}  {trainable:,} trainable  {summary['seconds']:.0f} s  {out}")
+    show = lambda when: f"{summary[when]['mean']:.1%}" if summary[when] else "not scored"
+    before = f"{show('before')} -> " if args.eval_before else ""
+    metric = run.module.TASKS.get(next(iter(run.sets)), {}).get("metric", "accuracy")
+    print(f"{metric} {before}{show('after')}  {trainable:,} trainable  {summary['seconds']:.0f} s  {out}")
 
 
 def plot(out):

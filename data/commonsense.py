@@ -27,7 +27,7 @@ WORDING = {"boolq": "with true or false", "piqa": "choose the correct solution",
            "hellaswag": "choose the correct ending", "winogrande": "fill in the blank"}
 
 
-def read(directory, names):
+def read(directory, names, fields=("instruction", "output")):
     """Rows of the first of these files under directory, .gz or not. ValueError names file, row and field."""
     candidates = [Path(directory or ".", name + end) for name in names for end in ("", ".gz")]
     file = next((c for c in candidates if c.is_file()), None)
@@ -43,10 +43,9 @@ def read(directory, names):
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{file}: expected a list of rows, found {type(rows).__name__ if rows else 'none'}")
     for number, row in enumerate(rows, 1):
-        for field in ("instruction", "output"):
+        for field in fields:
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ValueError(f"{file}: row {number} has no text in {field!r}, "
-                                 "expected instruction, input, output[, answer]")
+                raise ValueError(f"{file}: row {number} has no text in {field!r}, expected {', '.join(fields)}")
     return rows
 
 

@@ -17,7 +17,7 @@ FAMILY, KIND, MAX_NEW_TOKENS, STOP = "own", "generate", 128, ()
 TASKS = {}      # named by their path
 
 
-def read(directory, names):
+def read(directory, names, fields=("instruction", "output")):
     """Rows of the first of these files under directory, .gz or not. ValueError names file, row and field."""
     candidates = [Path(directory or ".", name + end) for name in names for end in ("", ".gz")]
     file = next((c for c in candidates if c.is_file()), None)
@@ -33,10 +33,9 @@ def read(directory, names):
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{file}: expected a list of rows, found {type(rows).__name__ if rows else 'none'}")
     for number, row in enumerate(rows, 1):
-        for field in ("instruction", "output"):
+        for field in fields:
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ValueError(f"{file}: row {number} has no text in {field!r}, "
-                                 "expected instruction, input, output[, answer]")
+                raise ValueError(f"{file}: row {number} has no text in {field!r}, expected {', '.join(fields)}")
     return rows
 
 

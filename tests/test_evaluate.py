@@ -1,6 +1,7 @@
 """evaluate.py: the template, generation and scoring in batches and one by one, the choice of a task, the command."""
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,38 @@ def test_logits_beyond_the_vocabulary_are_masked(net, tok, prompts):
         assert E.generate(net, prompts, 10, tok.eos, tok.size) == want
 
 
+def test_a_token_is_drawn_from_the_likeliest_that_hold_top_p():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]))
+    assert E.pick(logits).tolist() == [0, 3] and E.pick(logits, 1e-4).tolist() == [0, 3]
+    torch.manual_seed(0)
+    many = logits.repeat(20000, 1)
+    for temperature, top_p, want in ((1.0, 1.0, [0.5, 0.3, 0.15, 0.05]), (1.0, 0.9, [0.5, 0.3, 0.15, 0]), (1.0, 0.8, [0.5, 0.3, 0, 0]),
+                                     (1.0, 0.5, [1, 0, 0, 0]), (1.0, 0.01, [1, 0, 0, 0]), (0.5, 1.0, [0.25, 0.09, 0.0225, 0.0025])):
+        drawn = E.pick(many, temperature, top_p).view(-1, 2)
+        for column, order in ((0, [0, 1, 2, 3]), (1, [3, 2, 1, 0])):
+            share = drawn[:, column].bincount(minlength=4)[order] / len(drawn)
+            torch.testing.assert_close(share, torch.tensor(want) / sum(want), rtol=0, atol=0.02)
+            assert all(s == 0 for s, w in zip(share, want) if w == 0)
+
+
+def test_sampling_differs_from_sample_to_sample_and_repeats_with_the_seed(net, tok, prompts):
+    draw = lambda: (torch.manual_seed(1), E.generate(net, prompts[:1] * 6, 12, tok.eos, tok.size, temperature=2.0))[1]
+    first = draw()
+    assert len(set(map(tuple, first))) > 1 and draw() == first
+
+
+def test_a_row_stops_soon_after_it_is_finished(net, tok, prompts, monkeypatch):
+    monkeypatch.setattr(E, "STOP_EVERY", 4)
+    free = E.generate(net, prompts[:3], 20, [])
+    asked = []
+    assert E.generate(net, prompts[:3], 20, [], finished=lambda i, ids: asked.append((i, len(ids))) or len(ids) >= (8 if i else 4)) == [
+        row[:8] for row in free]                            # the last to finish ends the batch
+    assert {n for _, n in asked} == {4, 8} and {i for i, _ in asked} == {0, 1, 2}
+    told = {}
+    E.generate(net, prompts[:3], 5, [], each=told.__setitem__)
+    assert told == {i: row[:5] for i, row in enumerate(free)}
+
+
 # ------------------------------------------------------------------------------------ likelihood
 
 def test_nll_is_the_sum_of_token_losses_in_any_batching(net, tok, monkeypatch):
@@ -115,7 +148,7 @@ def test_nll_is_the_sum_of_token_losses_in_any_batching(net, tok, monkeypatch):
 
 class Choosing:
     """A task of three rows with choices, and a scorer that is easy to follow."""
-    MAX_NEW_TOKENS = 3
+    KIND, MAX_NEW_TOKENS, STOP, TASKS = "generate", 3, (), {}
 
     @staticmethod
     def score(outputs, rows, rule="strict"):
@@ -155,6 +188,95 @@ def test_the_mean_is_over_the_sets(net, tok, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["easy", "hard"]
 
 
+# ------------------------------------------------------------------------------------ outputs on disk
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(net, tok, tmp_path, monkeypatch):
+    rows, file = arithmetic.generate("test", 6, 1, 0), tmp_path / "easy.jsonl"
+    want = E.evaluate(net, tok, arithmetic, rows, file)
+    whole = file.read_text()
+    kept = [json.loads(line) for line in whole.splitlines()][:2]
+    kept[0]["output"] = "The answer is 12345."                  # what is there is believed
+    file.write_text("".join(json.dumps({k: line[k] for k in ("row", "prompt", "output")}) + "\n" for line in kept) + whole.splitlines()[2][:30])
+    asked = []
+    real = E.generate
+    monkeypatch.setattr(E, "generate", lambda model, prompts, *a, **k: asked.append(len(prompts)) or real(model, prompts, *a, **k))
+    E.evaluate(net, tok, arithmetic, rows, file)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert asked == [4] and lines[0]["extracted"] == "12345" and not lines[0]["correct"]
+    assert lines[1:] == [json.loads(line) for line in whole.splitlines()][1:] and want["accuracy"] > 0.5
+    with pytest.raises(ValueError, match="line 1 holds the output of another prompt than row 0"):
+        E.evaluate(net, tok, arithmetic, rows[1:], file)
+
+
+def test_each_output_is_on_disk_as_soon_as_its_batch_is_done_and_before_any_score(net, tok, tmp_path, monkeypatch):
+    rows, file, seen = arithmetic.generate("test", 4, 1, 0), tmp_path / "easy.jsonl", []
+    monkeypatch.setattr(E, "BATCH_TOKENS", 1)                   # a row a batch
+    monkeypatch.setattr(E, "nll", lambda *a: 1 / 0)
+    net_forward = net.forward
+    monkeypatch.setattr(net, "forward", lambda *a, **k: seen.append(file.read_text().count("\n") if file.exists() else 0) or net_forward(*a, **k))
+    with pytest.raises(ZeroDivisionError):
+        E.evaluate(net, tok, arithmetic, rows, file)
+    assert set(seen) == {0, 1, 2, 3} and file.read_text().count("\n") == 4
+
+
+def test_the_command_resumes_scores_again_and_refuses_other_settings(tmp_path, capsys):
+    flags = ["--task", "two_step", "--limit", "3", "--out", str(tmp_path / "out")]
+    E.main(flags)
+    first, file = capsys.readouterr().out, tmp_path / "out" / "two_step.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:2]) + "\n")
+    E.main(flags)
+    assert capsys.readouterr().out == first and file.read_text().splitlines() == lines
+    assert all(not json.loads(line)["correct"] for line in lines)
+    right = arithmetic.rows(None, "two_step", "test")[0]["answer"]
+    file.write_text("\n".join([json.dumps(json.loads(lines[0]) | {"output": f"The answer is {right}."}), *lines[1:]]) + "\n")
+    E.main([*flags, "--score_only", "--model", str(ROOT / "data" / "tiny")])
+    assert "accuracy  33.3%  (3 rows)" in capsys.readouterr().out
+    for more, message in ((["--limit", "2"], "a run with other settings: limit 3"), (["--temperature", "1"], "other settings: temperature 0")):
+        with pytest.raises(SystemExit):
+            E.main([*flags, *more])
+        assert message in capsys.readouterr().err
+    file.write_text(lines[0] + "\n")
+    with pytest.raises(SystemExit):
+        E.main([*flags, "--score_only"])
+    assert "holds 1 of 3 outputs" in capsys.readouterr().err
+
+
+def test_n_samples_a_row_are_scored_together(net, tok, tmp_path):
+    rows = arithmetic.generate("test", 3, 1, 0)
+    torch.manual_seed(0)
+    E.evaluate(net, tok, arithmetic, rows, tmp_path / "s.jsonl", n=4, temperature=1.5)
+    lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(12)) and len({line["prompt"] for line in lines}) == 3
+    assert all(len({line["prompt"] for line in lines[i:i + 4]}) == 1 for i in (0, 4, 8)) and len({line["output"] for line in lines[:4]}) > 1
+
+
+class Executed:
+    KIND, MAX_NEW_TOKENS, STOP, TASKS = "execute", 24, (r"nothing",), {"x": dict(metric="pass@1")}
+
+    @staticmethod
+    def score(outputs, rows, rule="strict"):
+        return {"pass@1": 0.5, "extracted": outputs, "correct": [True] * len(rows)}
+
+
+def test_code_is_scored_only_where_that_is_allowed(net, tok, tmp_path, capsys):
+    rows = [dict(row, prefix="def f():\n") for row in arithmetic.generate("test", 2, 1, 0)]
+    table = E.evaluate_sets(net, tok, Executed, {"x": rows}, lambda name: tmp_path / "x.jsonl")
+    assert set(table) == {"loss"} and "x: not scored, since that runs generated code: --allow_code_execution" in capsys.readouterr().out
+    raw = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert set(raw[0]) == {"row", "prompt", "output"} and raw[0]["prompt"].endswith("### Response:\ndef f():\n")
+    table = E.evaluate_sets(None, None, Executed, {"x": rows}, lambda name: tmp_path / "x.jsonl", execute=True)
+    assert table["main"] == {"mean": 0.5, "x": 0.5} and "pass@1  50.0%" in capsys.readouterr().out
+
+
+def test_the_list_shows_every_task(capsys):
+    E.main(["--list"])
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == sum(len(module.TASKS) for module in E.task_files()) > 20
+    line = next(line for line in out if " SVAMP " in line)
+    assert line.split()[:5] == ["math", "SVAMP", "1000", "rows", "accuracy"] and "math/SVAMP.json" in line and "from LLM-Adapters" in line
+
+
 # ------------------------------------------------------------------------------------ tasks, the command
 
 def test_a_task_is_a_family_a_set_or_a_path():
@@ -168,18 +290,18 @@ def test_a_task_is_a_family_a_set_or_a_path():
 
 
 def test_every_task_file_meets_its_contract():
-    stems = [f.stem for f in sorted((ROOT / "data").glob("*.py")) if f.stem != "__init__"]
-    assert {"arithmetic", "commonsense", "own"} <= set(stems)
+    stems = [f.stem for f in sorted((ROOT / "data").glob("*.py")) if f.stem not in ("__init__", "sandbox")]
+    assert {"arithmetic", "commonsense", "math_reasoning", "code_generation", "glue", "own"} == set(stems)
     for stem in stems:
         module = __import__(f"data.{stem}", fromlist=["x"])
         assert module.KIND in ("generate", "choose", "classify", "execute") and module.MAX_NEW_TOKENS > 0
-        assert isinstance(module.STOP, tuple) and '{"instruction"' in module.__doc__ and "Metric: " in module.__doc__
+        assert isinstance(module.STOP, tuple) and re.search(r'\{"\w+": ', module.__doc__) and "Metric: " in module.__doc__
         assert callable(module.rows) and callable(module.score)
         for entry in module.TASKS.values():
             assert {"rows", "metric", "file", "source"} <= set(entry)
         text = Path(module.__file__).read_text(encoding="utf-8")
         imported = {line.split()[1].partition(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))}
-        assert imported <= sys.stdlib_module_names
+        assert imported <= sys.stdlib_module_names | ({"data"} if stem == "code_generation" else set())
 
 
 def test_the_command_runs_alone_with_an_adapter(tiny, tmp_path):
@@ -199,7 +321,11 @@ def test_the_command_runs_alone_with_an_adapter(tiny, tmp_path):
     (["--task", "x"], "task 'x', expected one of"),
     (["--task", "boolq"], "found none of commonsense/boolq.json"),
     (["--limit", "0"], "--limit 0, expected at least 1"),
-    (["--out", "."], ".: exists already"),
+    (["--out", "."], ".: exists already, and holds no run of evaluate.py"),
+    (["--score_only"], "--score_only: no outputs in --out None"),
+    (["--n", "4"], "--n 4: greedy outputs are all the same"),
+    (["--top_p", "0"], "expected 0 or more, and 0 < top_p <= 1"),
+    (["--task", "math"], "found none of math/mawps.json"),
     (["--what"], "unrecognized arguments: --what")])
 def test_the_command_refuses_in_one_line(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

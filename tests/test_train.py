@@ -199,7 +199,7 @@ def test_a_run_leaves_its_files(method, tiny, tmp_path, capsys):
     for when in ("before", "after"):
         assert 0 <= summary[when]["mean"] == summary[when]["two_step"] <= 1 and summary[f"loss_{when}"] > 0
         dump = [json.loads(line) for line in (out / "eval" / f"two_step.{when}.jsonl").read_text().splitlines()]
-        assert len(dump) == 4 and set(dump[0]) == {"prompt", "output", "extracted", "answer", "correct"}
+        assert len(dump) == 4 and set(dump[0]) == {"row", "prompt", "output", "extracted", "answer", "correct"}
     assert summary["tokens_per_second"] > 0 and summary["seconds"] > 0
     assert [set(line) for line in metrics(out)] == [{"step", "loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_mb"}] * 3
     args = json.loads((out / "args.json").read_text())
@@ -491,4 +491,4 @@ def test_a_family_names_the_sets_that_are_not_there(shared_data, tmp_path, capsy
     summary = run("--task", "commonsense", "--data", shared_data, "--max_steps", 1, "--eval_limit", 2, "--train_rows", 20,
                   "--batch_size", 2, "--no-eval_before", out=tmp_path / "run")
     assert summary["absent"] == ["social_i_qa"] and len(summary["after"]) == 8      # seven sets and their mean
-    assert "not found: social_i_qa; the mean is over the others" in capsys.readouterr().out
+    assert "not found: social_i_qa (commonsense/social_i_qa.json, from LLM-Adapters, dataset/social_i_qa/test.json); the mean is over the others" in capsys.readouterr().out

@@ -1,0 +1,110 @@
+"""Prompts, where a completion ends, pass@k, the files; what runs is in test_sandbox.py."""
+import itertools
+import json
+import math
+
+import pytest
+
+from data import code_generation as task
+from data import sandbox
+
+PROBLEM = {"task_id": "T/0", "entry_point": "add", "canonical_solution": "    return a + b\n",
+           "prompt": 'import math\n\n\ndef add(a: int,\n        b: int) -> int:\n    """ Add them.\n      Twice:\n    >>> add(1, 2)\n    3\n    """\n',
+           "test": "def check(candidate):\n    assert candidate(1, 2) == 3"}
+SANITIZED = {"task_id": 11, "prompt": "Write a function to add.", "code": "def add(a, b):\r\n  return a + b", "test_imports": ["import math"],
+             "test_list": ["assert add(1, 2) == 3", "assert math.isclose(add(0.5, 0.5), 1)"]}
+
+
+def test_humaneval_opens_the_response_with_the_signature_and_keeps_its_newline():
+    row = task.humaneval(PROBLEM)
+    assert row["instruction"] == ("Write a Python function `add(a: int,\n        b: int) -> int` to solve the following problem:\n"
+                                  "Add them.\n  Twice:\n>>> add(1, 2)\n3")
+    assert row["prefix"] == PROBLEM["prompt"] and row["prefix"].endswith('"""\n') and row["tests"].endswith("== 3\ncheck(add)")
+    assert task.program(row["output"], row) == PROBLEM["prompt"] + "    return a + b\n"
+    with pytest.raises(ValueError, match="T/0: no signature or docstring in the prompt"):
+        task.humaneval(dict(PROBLEM, prompt="def add(a, b):\n"))
+
+
+def test_mbpp_shows_its_first_test_alone():
+    row = task.mbpp(SANITIZED)
+    assert row["instruction"] == "Write a function to add.\nYour code should pass this test:\nassert add(1, 2) == 3"
+    assert row["prefix"] == "" and row["tests"] == "import math\nassert add(1, 2) == 3\nassert math.isclose(add(0.5, 0.5), 1)"
+    assert "\r" not in row["output"]
+
+
+# completion -> what of it belongs to the program
+HUMANEVAL = {"    return 1\n": "    return 1\n", "    return 1\n\n\ndef other():\n    pass": "    return 1\n\n", "    return 1\n# so": "    return 1",
+             "    return 1\n\n    # in\n    x\nprint(add(1))": "    return 1\n\n    # in\n    x", "    a = 1\n@x": "    a = 1", "return 1": "",
+             "    if x:\n        y\nif z:": "    if x:\n        y", "    return 1<|endoftext|>x": "    return 1", "    return 1<|eot_id|>": "    return 1",
+             "    s = '\\n'\n    return s\nassert x": "    s = '\\n'\n    return s", "\n    return 1\nclass A": "\n    return 1", "": ""}
+MBPP = {"def f():\n  return 1\n\nprint(f())": "def f():\n  return 1\n", "import re\ndef g(): pass\n\ndef f():\n  return g()\nassert f()": "import re\ndef g(): pass\n\ndef f():\n  return g()",
+        "```python\ndef f(): pass\n```\nIt does nothing.": "def f(): pass", "def f(): pass\nif x:": "def f(): pass", "def f(): pass\n\"\"\"x": "def f(): pass",
+        "def f(): pass\nclass A:": "def f(): pass", "def f(): pass\n<|im_end|>": "def f(): pass", "x = 1\n# y\nz = 2": "x = 1\n# y\nz = 2"}
+
+
+@pytest.mark.parametrize("completion", HUMANEVAL)
+def test_a_humaneval_completion_ends_with_its_indentation(completion):
+    row = task.humaneval(PROBLEM)
+    assert task.program(completion, row) == PROBLEM["prompt"] + HUMANEVAL[completion]
+
+
+@pytest.mark.parametrize("completion", MBPP)
+def test_an_mbpp_completion_ends_at_its_stops(completion):
+    assert task.program(completion, task.mbpp(SANITIZED)) == MBPP[completion]
+
+
+@pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (5, 2), (10, 3), (6, 6), (6, 0)])
+def test_pass_at_k_is_the_chance_that_k_of_the_n_hold_a_right_one(n, c):
+    for k in range(1, n + 1):
+        draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
+        assert task.pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_pass_at_k_by_hand():
+    assert task.pass_at_k(10, 3, 1) == pytest.approx(0.3) and task.pass_at_k(10, 3, 5) == pytest.approx(1 - 21 / 252)
+    assert task.pass_at_k(50, 1, 10) == pytest.approx(0.2) and math.isclose(task.pass_at_k(200, 100, 100), 1)
+
+
+def test_samples_are_grouped_by_problem_and_every_verdict_is_kept(monkeypatch):
+    monkeypatch.setattr(sandbox, "run", lambda program, tests, timeout: "passed" if "right" in program else "AssertionError: ")
+    rows = [row for i in range(3) for row in [dict(task.humaneval(PROBLEM), task_id=i)] * 5]
+    outputs = ["    right", "    wrong", "    wrong", "    wrong", "    wrong"] + ["    right"] * 5 + ["    wrong"] * 5
+    got = task.score(outputs, rows)
+    assert got["pass@1"] == pytest.approx((0.2 + 1 + 0) / 3) and got["pass@5"] == pytest.approx(2 / 3) and "pass@10" not in got
+    assert got["correct"] == ["right" in output for output in outputs] and got["extracted"][1] == "AssertionError: "
+
+
+def test_scoring_runs_the_programs():
+    rows = [task.humaneval(PROBLEM), task.mbpp(SANITIZED)]
+    assert task.score([row["output"] for row in rows], rows)["pass@1"] == 1
+    assert task.score(["    return a - b", "def add(a, b): return 3"], rows)["correct"] == [False, False]
+
+
+@pytest.mark.parametrize("name, text, count", [
+    ("code/codealpaca_20k.json", json.dumps([dict(instruction="a", input="", output="b")] * 3), 3),
+    ("code_alpaca_20k.json", json.dumps([dict(instruction="a", input="", output="b")]), 1),
+    ("code/data-evol_instruct-decontaminated.jsonl", '{"instruction": "a", "response": "b"}\n{"instruction": "c", "response": "d"}', 2)])
+def test_training_rows_of_codealpaca_and_magicoder(name, text, count, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    rows = task.rows(tmp_path, "code", "train")
+    assert len(rows) == count and rows[0]["output"] == "b"
+    with pytest.raises(ValueError, match="humaneval has no training rows: train on code"):
+        task.rows(tmp_path, "humaneval", "train")
+    with pytest.raises(FileNotFoundError, match="found none of code/humaneval.jsonl, humaneval.jsonl, HumanEval.jsonl"):
+        task.rows(tmp_path, "humaneval", "test")
+
+
+def test_a_training_row_without_an_answer_is_named(tmp_path):
+    (tmp_path / "codealpaca_20k.json").write_text(json.dumps([dict(instruction="a", output="b"), dict(instruction="a")]))
+    with pytest.raises(ValueError, match="training row 2 has no text in 'output' or 'response'"):
+        task.rows(tmp_path, "code", "train")
+
+
+def test_the_shared_files(shared_data):
+    sizes = {name: len(task.rows(shared_data, name, "test")) for name in task.TASKS}
+    assert sizes == {name: entry["rows"] for name, entry in task.TASKS.items()} == {"humaneval": 164, "humanevalplus": 164, "mbpp": 257}
+    assert len(task.rows(shared_data, "code", "train")) == 20022 and len(task.rows(shared_data, "mbpp", "train")) == 120
+    for name in task.TASKS:     # nothing of a reference solution is cut off but blank ends
+        for row in task.rows(shared_data, name, "test"):
+            assert task.program(row["output"], row).rstrip() == (row["prefix"] + row["output"]).rstrip(), (name, row["task_id"])
