@@ -35,6 +35,7 @@ PRESETS = {
     "tiny/gfa": dict(lr=3e-2),
     "tiny/full": dict(lr=1e-3),
     "tiny/glora": dict(lr=5e-3, reinit_every="60s"),
+    "tiny/pissa": dict(lr=5e-3), "tiny/milora": dict(lr=5e-3), "tiny/rosa": dict(lr=5e-3, reinit_every="60s"),
     "tiny/cps_lora": dict(lr=5e-3, max_steps=300, reinit_every=None, reinit_at=150),     # two stages, as in the paper
 }
 
@@ -165,6 +166,8 @@ def check(p, args, method):
         p.error(f"--dropout {args.dropout}, expected 0 <= dropout < 1")
     if args.epochs <= 0 or args.lr <= 0:
         p.error(f"--epochs {args.epochs:g} --lr {args.lr:g}, expected both above 0")
+    if args.merge and hasattr(method, "NOT_MERGEABLE"):
+        p.error(f"--merge: {method.NOT_MERGEABLE}")
     if args.eval_every and not args.val_rows:
         p.error("--eval_every computes the validation loss: it needs --val_rows")
     if (args.reinit_every or args.reinit_at) and not hasattr(method, "reinit"):

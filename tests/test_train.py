@@ -426,6 +426,7 @@ BAD = {
     "another method's flag": (["--method", "lora", "--sigma", "1"], r"unrecognized arguments: --sigma"),
     "unknown method": (["--method", "lorra"], r"method 'lorra', expected one of .*gfa, .*lora"),
     "unknown task": (["--task", "bool"], r"task 'bool', expected one of arithmetic.* boolq"),
+    "merge of what is no matrix": (["--method", "denselora", "--merge"], r"--merge: DenseLoRA's GELUs make its update a function of the input"),
     "unknown preset": (["--preset", "x"], r"preset 'x', expected one of tiny"),
     "no such data": (["--task", "boolq", "--data", "nowhere"], r"nowhere: found none of commonsense/boolq\.json"),
     "no such model": (["--model", "nowhere", "--task", "arithmetic"], r"nowhere: no such model directory"),

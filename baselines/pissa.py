@@ -1,0 +1,127 @@
+"""
+PiSSA: Principal Singular Values and Singular Vectors Adaptation (Meng et al., NeurIPS 2024)
+Official code: https://github.com/GraphPKU/PiSSA
+
+LoRA whose factors start as the r leading singular triplets of W, while the frozen weight keeps the
+others: the function is unchanged at first, and what trains are W's principal directions.
+
+    W' = W_res + s B A,  W_res = W - s B₀ A₀,  s B₀ A₀ = U Σ Vᵀ [leading r],  s = alpha / r
+
+Notation (paper, y = x W -> here):  its B, transposed -> lora_A (r, in);  its A, transposed ->
+    lora_B (out, r);  W_res -> base.weight;  A₀, B₀ -> lora_A0, lora_B0, kept for reload and export
+
+Left open by the paper: alpha, r here, so that s = 1. Its authors require dropout 0, as the adapter
+    holds weight: with dropout the start is not the pretrained function.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+DEFAULTS = {"niter": (0, "power iterations of a randomized SVD (the paper's fast one); 0: exact")}
+
+
+def triplets(W, rank, niter):
+    """U (out, r), Σ (r), V (in, r): the r leading singular triplets of W (out, in)."""
+    if niter:
+        return torch.svd_lowrank(W, rank, niter)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return U[:, :rank], S[:rank], Vh[:rank].T
+
+
+class PiSSALinear(nn.Module):
+    """y = x W_resᵀ + bias + s dropout(x) Aᵀ Bᵀ, for x (..., in) -> (..., out)."""
+
+    def __init__(self, base, rank, alpha, dropout, niter):
+        super().__init__()
+        self.base, self.scaling, self.dropout = base, alpha / rank, nn.Dropout(dropout)
+        self.pretrained = None              # a copy of the first W, on the CPU
+        (o, i), W = base.weight.shape, base.weight.detach()
+        W = W.to(torch.promote_types(W.dtype, torch.float32))
+        A, B = W.new_empty(rank, i), W.new_empty(o, rank)
+        if not W.is_meta:                   # there only shapes are wanted
+            U, S, V = triplets(W, rank, niter)
+            root = (S / self.scaling).sqrt()
+            A, B = (V * root).T, U * root
+        self.lora_A, self.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
+        self.lora_A0, self.lora_B0 = nn.Buffer(A.clone()), nn.Buffer(B.clone())
+        if not W.is_meta:
+            self.write(-self.scaling * self.lora_B0 @ self.lora_A0)
+
+    def forward(self, x):
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        h = F.linear(self.dropout(x), A)                        # (..., r)
+        return self.base(x) + F.linear(self.scaling * h, B)     # scaled where it is narrow
+
+    def delta(self):
+        return self.scaling * self.lora_B @ self.lora_A         # (out, in)
+
+    @torch.no_grad()
+    def write(self, change):
+        """W = pretrained + change, rounded once."""
+        W = self.base.weight
+        if self.pretrained is None:
+            self.pretrained = W.detach().to("cpu", copy=True)
+        W.copy_(self.pretrained.to(W.device, change.dtype) + change)
+
+
+def find(model, targets):
+    """{name: nn.Linear} whose leaf name or dotted suffix is in targets; none may hit nothing."""
+    if not targets:
+        raise ValueError("no targets")
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    hits = {t: [name for name in linears if f".{name}".endswith(f".{t}")] for t in targets}
+    for target, names in hits.items():
+        if not names:
+            raise ValueError(f"target {target!r} matches no nn.Linear of the model")
+    hit = set().union(*hits.values())
+    return {name: m for name, m in linears.items() if name in hit}
+
+
+def inject(model, targets, rank, alpha=None, dropout=0.0, *, niter=0):
+    """
+    Freeze the model, wrap its targets in place; base.weight becomes W_res. ValueError unless
+    1 <= rank <= min(in, out) and niter >= 0.
+    """
+    model.requires_grad_(False)
+    alpha = rank if alpha is None else alpha
+    found = find(model, targets)
+    for name, base in found.items():
+        if not 1 <= rank <= min(base.weight.shape):
+            raise ValueError(f"rank {rank} for {name}, expected 1 to {min(base.weight.shape)}")
+    if niter < 0:
+        raise ValueError(f"niter {niter}, expected 0 or more")
+    for name, base in found.items():
+        parent, _, leaf = name.rpartition(".")
+        layer = PiSSALinear(base, rank, alpha, dropout, niter)
+        setattr(model.get_submodule(parent), leaf, layer)
+
+
+def layers(model):
+    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "delta")}
+
+
+@torch.no_grad()
+def merge(model):
+    """Write what the factors have become for what they were, rounded once; plain nn.Linears."""
+    for name, layer in layers(model).items():
+        layer.write(layer.delta() - layer.scaling * layer.lora_B0 @ layer.lora_A0)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.base)
+
+
+def factors(model):
+    """{name: (A (2r, in), B (out, 2r))}: the factors, and minus what they started with."""
+    return {name: (torch.cat((layer.lora_A.detach(), layer.lora_A0)),
+                   layer.scaling * torch.cat((layer.lora_B.detach(), -layer.lora_B0), 1))
+            for name, layer in layers(model).items()}
+
+
+@torch.no_grad()
+def restore(model, tensors):
+    """W_res of a freshly injected model, from the saved start; ValueError names what misfits."""
+    for name, layer in layers(model).items():
+        A, B = (tensors.get(f"{name}.lora_{x}0") for x in "AB")
+        if A is None or B is None or A.shape != layer.lora_A.shape or B.shape != layer.lora_B.shape:
+            raise ValueError(f"tensors {name}.lora_A0 and _B0 are missing or of another shape")
+        W, wide = layer.base.weight, layer.lora_A.dtype
+        layer.write(-layer.scaling * B.to(W.device, wide) @ A.to(W.device, wide))
