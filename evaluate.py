@@ -34,6 +34,11 @@ def prompt_text(row):
     return (PROMPT_WITH_INPUT if row.get("input") else PROMPT).format(**row) + row.get("prefix", "")
 
 
+def shown(row):
+    """What a model was given, as the outputs on disk show it."""
+    return "\n".join(filter(None, (row["text"], row["pair"]))) if "label" in row else prompt_text(row)
+
+
 def prompt_ids(tokenizer, row):
     """Prompt and answer are tokenised apart, so the prompt's ids are the same with any answer or none."""
     return tokenizer.bos + tokenizer.encode(prompt_text(row))
@@ -223,7 +228,7 @@ def read_outputs(file, rows):
         except ValueError:
             continue                                            # cut off in the middle: generated again
         i = line.get("row", -1)
-        if not 0 <= i < len(rows) or line.get("prompt") != prompt_text(rows[i]):
+        if not 0 <= i < len(rows) or line.get("prompt") != shown(rows[i]):
             raise ValueError(f"{file}: line {number} holds the output of another prompt than row {i} of this run")
         outputs[i] = line["output"]
     return outputs
@@ -244,7 +249,7 @@ def complete(model, tokenizer, module, rows, file=None, rule="strict", temperatu
         i = todo[k]
         outputs[i] = tokenizer.decode(ids)
         if dump:
-            print(json.dumps(dict(row=i, prompt=prompt_text(rows[i]), output=outputs[i]), ensure_ascii=False), file=dump, flush=True)
+            print(json.dumps(dict(row=i, prompt=shown(rows[i]), output=outputs[i]), ensure_ascii=False), file=dump, flush=True)
         bar.update()
         if module.KIND == "generate" and not bar.disable:       # so far
             done = [(output, row) for output, row in zip(outputs, rows) if output is not None]
@@ -293,7 +298,7 @@ def evaluate(model, tokenizer, module, rows, file=None, rule="strict", n=1, temp
         scored = module.score(outputs, samples, rule)
     lines = []
     for i, (row, output) in enumerate(zip(samples, outputs)):
-        line = dict(row=i, prompt=row["text"] if "label" in row else prompt_text(row), output=output)
+        line = dict(row=i, prompt=shown(row), output=output)
         if scored:
             line |= dict(extracted=scored["extracted"][i], answer=row.get("answer", row.get("output")), correct=scored["correct"][i])
         lines.append(line | ({"chosen": chosen[i // n]} if i // n in chosen else {}))
@@ -410,7 +415,7 @@ def main(argv=None):
     if absent:
         print(f"not found: {missing(module, absent)}; the mean is over the others")
     if len(sets) > 1:
-        print("  ".join(f"mean {k} {v['mean']:.4f}" for k, v in table.items() if k != "main"))
+        print("  ".join(f"mean {'of each own metric' if k == 'main' else k} {v['mean']:.4f}" for k, v in table.items()))
 
 
 if __name__ == "__main__":

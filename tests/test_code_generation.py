@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+import train
 from data import code_generation as task
 from data import sandbox
 
@@ -108,3 +109,14 @@ def test_the_shared_files(shared_data):
     for name in task.TASKS:     # nothing of a reference solution is cut off but blank ends
         for row in task.rows(shared_data, name, "test"):
             assert task.program(row["output"], row).rstrip() == (row["prefix"] + row["output"]).rstrip(), (name, row["task_id"])
+
+
+def test_training_on_code_scores_only_where_that_is_allowed(tmp_path, tiny, capsys):
+    (tmp_path / "codealpaca_20k.json").write_text(json.dumps([dict(instruction="a", input="", output="b c")] * 4))
+    (tmp_path / "humaneval.jsonl").write_text(json.dumps(PROBLEM))
+    flags = ["--model", str(tiny), "--task", "code", "--data", str(tmp_path), "--max_steps", "1", "--no-eval_before", "--out_dir"]
+    train.main([*flags, str(tmp_path / "a")])
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["after"] == {} and "pass@1 not scored" in capsys.readouterr().out
+    train.main([*flags, str(tmp_path / "b"), "--allow_code_execution"])
+    assert json.loads((tmp_path / "b" / "summary.json").read_text())["after"] == {"mean": 0.0, "humaneval": 0.0}
+    assert "not found: humanevalplus (code/humanevalplus.jsonl, from evalplus" in capsys.readouterr().out

@@ -179,3 +179,14 @@ def test_the_command_evaluates_the_family_and_names_what_is_missing(roberta, dat
     out = capsys.readouterr().out
     assert out.startswith("mnli needs a head of 3 labels, the model's has 2\nsst2 ")
     assert "not found: cola (glue/cola/dev.tsv, from GLUE, CoLA/dev.tsv)" in out
+
+
+def test_predictions_are_on_disk_and_can_be_scored_again(roberta, data, tmp_path, capsys):
+    flags = ["--model", str(roberta), "--task", "mnli", "--data", str(data), "--limit", "5", "--out", str(tmp_path / "out")]
+    E.main(flags)
+    first = capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "out" / "mnli.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 and "\n" in lines[0]["prompt"] and lines[0]["extracted"] == glue.TASKS["mnli"]["labels"][lines[0]["output"]]
+    E.main([*flags, "--score_only"])
+    accuracy = lambda out: out.split("accuracy")[1].split()[0]
+    assert accuracy(capsys.readouterr().out) == accuracy(first)
