@@ -109,7 +109,8 @@ def letter(output, rule="strict"):
 def score(outputs, rows, rule="strict"):
     """rows with a letter for an answer are AQuA's; all others are numbers."""
     extracted, correct = [], []
-    for output, row in zip(outputs, rows):
+    for output, row in zip(outputs, rows):      # what is read: up to the next question, or response, that a model goes on with
+        output = output.partition("### Instruction:" if rule == "strict" else "### Response:")[0]
         lettered = row["answer"] in "ABCDE"
         extracted.append((letter if lettered else number)(output, rule))
         correct.append(extracted[-1] == row["answer"] if lettered else

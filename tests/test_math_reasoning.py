@@ -43,6 +43,13 @@ def test_a_number_is_right_within_a_thousandth_and_a_letter_if_equal():
     assert task.score(["16-8"], [dict(answer="8")], "paper")["correct"] == [False]
 
 
+def test_questions_that_a_model_asks_itself_are_not_its_answer():
+    """LLM-Adapters cuts at the next "### Response:", and so reads the next question's numbers."""
+    output = "The answer is 1.\n\n### Instruction:\nTony has 5 trees.\n\n### Response:\nThe answer is 7."
+    got = {rule: task.score([output], [dict(answer="1")], rule)["extracted"] for rule in ("strict", "paper")}
+    assert got == {"strict": [1.0], "paper": [5.0]}
+
+
 def write(directory, name, rows):
     file = directory / name
     file.parent.mkdir(parents=True, exist_ok=True)
