@@ -67,6 +67,8 @@ for _task, _model, _ratio, _lr, _oversample, _randomized, _rates in [
                               dropout=0.05, val_rows=1200, lr=_rates[""])
         PRESETS |= {f"{_name}/{method}": dict(lr=lr) for method, lr in _rates.items() if method}
         PRESETS[f"{_name}/glora"] = dict(ratio=_ratio) | _own
+        PRESETS.setdefault(f"{_name}/rosa", {})["reinit_every"] = "2"       # Table 16: four
+        PRESETS[f"{_name}/spiel"] = dict(dropout=0.0)
 
 # GraLoRA, Table 5 and §4.1 (k by §3.4, Lion, cosine).
 for _model, _task, _lr, _epochs in [("llama3.1-8b", "code", 2e-4, 2), ("qwen2.5-1.5b", "commonsense", 2e-4, 2),

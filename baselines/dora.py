@@ -13,6 +13,7 @@ Differs from the paper: its norm is "column-wise" for y = W x with W (d, k); as 
     it is one per output feature. |V| is a constant for the gradient, as in that code's default.
 Left open by the paper: dropout, as in the official code: x goes to W undropped, to the rest through
     one mask, y = W x + (m/|V| - 1) W x̃ + m/|V| ΔV x̃. α, 2r.
+Costs: each forward forms V in fp32 for its norms, for a moment. A row of zeros in W has no norm.
 """
 import math
 
@@ -44,13 +45,12 @@ class DoRALinear(nn.Module):
         W, A, B = self.base.weight, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         with torch.no_grad():               # in fp32: rounded, m / |V| would not be 1 at the start
             norm = self.directions().norm(dim=1)
-        gain = (self.lora_m / norm).to(x.dtype)                                     # (out)
-        if not (self.training and self.dropout.p):                              # x̃ = x
-            y = F.linear(x, W) + F.linear(self.scaling * F.linear(x, A), B)     # x Vᵀ
-            return gain * y if self.base.bias is None else gain * y + self.base.bias
-        x_ = self.dropout(x)
-        y = F.linear(x_, W)
-        return self.base(x) - y + gain * (y + F.linear(self.scaling * F.linear(x_, A), B))
+        gain = self.lora_m / norm                                               # (out)
+        x_, y = self.dropout(x), F.linear(x, W)
+        y_ = F.linear(x_, W) if self.training and self.dropout.p else y         # x̃ is x else
+        update = F.linear(self.scaling * F.linear(x_, A), B)
+        y = y + (gain - 1).to(x.dtype) * y_ + gain.to(x.dtype) * update
+        return y if self.base.bias is None else y + self.base.bias
 
     def delta(self):
         V = self.directions()

@@ -11,7 +11,8 @@ Notation (paper -> here):  A -> lora_A (r, in);  B -> lora_B (out, r);  W_p -> b
     A₀, B₀ -> lora_A0, lora_B0, kept for reload and export
 
 Left open by the paper: alpha, r as in the authors' scripts, so that s = 1. They train with dropout
-    0.05; as the adapter holds weight, the start is then not the pretrained function: 0 here.
+    0.05; as the adapter holds weight, the start is then not the pretrained function: 0 here. For
+    the same reason weight decay shrinks W.
 """
 import torch
 import torch.nn as nn
@@ -40,6 +41,7 @@ class MiLoRALinear(nn.Module):
             U, S, V = triplets(W, rank)
             root = (S / self.scaling).sqrt()
             A, B = (V * root).T, U * root
+            A, B = (f.to(base.weight.dtype).to(W.dtype) for f in (A, B))    # as forward rounds them
         self.lora_A, self.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
         self.lora_A0, self.lora_B0 = nn.Buffer(A.clone()), nn.Buffer(B.clone())
         if not W.is_meta:

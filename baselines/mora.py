@@ -32,7 +32,8 @@ def square(rank, i, o, type):
 def rotate(x):
     """Block j of x (..., n, r̂) by RoPE's angles for position j: base 10000, half-split layout."""
     n, side = x.shape[-2:]
-    frequency = 1e4 ** -(torch.arange(0, side, 2, device=x.device, dtype=torch.float64) / side)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    frequency = 1e4 ** -(torch.arange(0, side, 2, device=x.device, dtype=wide) / side)
     angle = (torch.arange(n, device=x.device)[:, None] * frequency).repeat(1, 2)        # (n, r̂)
     left, right = x.chunk(2, -1)
     return x * angle.cos().to(x.dtype) + torch.cat((-right, left), -1) * angle.sin().to(x.dtype)

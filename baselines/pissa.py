@@ -7,11 +7,11 @@ others: the function is unchanged at first, and what trains are W's principal di
 
     W' = W_res + s B A,  W_res = W - s B₀ A₀,  s B₀ A₀ = U Σ Vᵀ [leading r],  s = alpha / r
 
-Notation (paper, y = x W -> here):  its B, transposed -> lora_A (r, in);  its A, transposed ->
+Notation (paper, y = x W -> here):  its A, transposed -> lora_A (r, in);  its B, transposed ->
     lora_B (out, r);  W_res -> base.weight;  A₀, B₀ -> lora_A0, lora_B0, kept for reload and export
 
 Left open by the paper: alpha, r here, so that s = 1. Its authors require dropout 0, as the adapter
-    holds weight: with dropout the start is not the pretrained function.
+    holds weight: with dropout the start is not the pretrained function, and weight decay shrinks W.
 """
 import torch
 import torch.nn as nn
@@ -42,6 +42,7 @@ class PiSSALinear(nn.Module):
             U, S, V = triplets(W, rank, niter)
             root = (S / self.scaling).sqrt()
             A, B = (V * root).T, U * root
+            A, B = (f.to(base.weight.dtype).to(W.dtype) for f in (A, B))    # as forward rounds them
         self.lora_A, self.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
         self.lora_A0, self.lora_B0 = nn.Buffer(A.clone()), nn.Buffer(B.clone())
         if not W.is_meta:

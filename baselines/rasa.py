@@ -11,7 +11,8 @@ Notation (paper -> here):  A_i, B_i -> lora_A (r - k, in), lora_B (out, r - k); 
     (r - k + k L);  A_S, B_S -> model.adapter[kind].lora_A (k L, in), .lora_B (out, k L);  L layers
 
 alpha lives in the start of d alone: alpha / 2(r - k) for the layer's own ranks, alpha / 2 k L for
-    the pool's. Left open: its default, 2r; k is r / 8 in the paper's runs, 1 here.
+    the pool's. Left open: its default, 2r; k is r / 8 in the paper's runs, 1 here. Of a name all
+    numbers are left out: the experts of a mixture are one kind.
 """
 import math
 
@@ -73,8 +74,15 @@ def find(model, targets):
 
 
 def kind(name):
-    """A module's name without its layer's number: layers.3.self_attn.q_proj -> self_attn_q_proj."""
-    return "_".join(part for part in name.split(".") if not part.isdigit()) or "layers"
+    """A module's name without numbers: model.layers.3.mlp.up_proj -> kind-model-..-up_proj."""
+    return "kind-" + "-".join(part for part in name.split(".") if not part.isdigit())
+
+
+class Owner(nn.ModuleDict):
+    """model.adapter; passes x on, as an nn.Sequential would call it."""
+
+    def forward(self, x):
+        return x
 
 
 def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=1):
@@ -95,8 +103,8 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=1):
             raise ValueError(f"{name} is {tuple(base.weight.shape)}, others of its kind "
                              f"{tuple(first.weight.shape)}: they cannot share a pool")
         groups[kind(name)][1].append(name)
-    model.adapter = nn.ModuleDict({key: Pool(k * len(names), base)
-                                   for key, (base, names) in groups.items()})
+    model.adapter = Owner({key: Pool(k * len(names), base)
+                           for key, (base, names) in groups.items()})
     for name, base in found.items():
         parent, _, leaf = name.rpartition(".")
         layer = RaSALinear(base, model.adapter[kind(name)], rank, k, alpha, dropout)

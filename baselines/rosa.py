@@ -12,8 +12,10 @@ Notation (paper -> here):  A -> lora_A (r, in) = Σ Vᵀ at first;  B -> lora_B 
 
 Differs from the paper: its 2023 text has √Σ in both factors; as in the code, A has all of Σ. The
     code never draws the place of the smallest triplet: here all places are equally likely.
-Left open by the paper: optimizer state, dropped for A and B as in the code, while the learning-rate
-    schedule goes on; dropout, none. It has no scale. The period, an epoch, is the code's default.
+Left open by the paper: optimizer state, dropped for A and B (in the code for all that trains), the
+    learning-rate schedule goes on; dropout, 0: with it the start is not the pretrained function, as
+    the factors hold weight, which weight decay shrinks, too. No scale. The period, an epoch, is the
+    code's default; G-LoRA's authors took two.
 """
 import torch
 import torch.nn as nn

@@ -14,10 +14,13 @@ Schedule, step t of T: gradients are gathered over steps 1 .. A, and from each m
 Notation: η -> lora_values (k);  φ -> lora_places (k), flat row-major;  a new value's moments: the
     means of its g and g², as Adam would have them at its age, the number of steps gathered.
 
-Differs from the code: gradients of whole optimizer steps are gathered, not of micro-batches, so
-    the choice does not depend on their size. On a bf16 base Δ is a product of its own: in W it
-    would be rounded away. Left open: what --density is a share of, in the code all weights of the
-    model, in the papers' tables undecidable; here the targets' weights. 0: LoRA's count at --rank.
+Differs from the code: gradients of whole optimizer steps are gathered, unclipped, not of
+    micro-batches, so the choice does not depend on their size; the price: in the first step of a
+    window every layer holds a dense gradient until observe. On a bf16 base Δ is a product of its
+    own: in W it would be rounded away. Left open: what --density is a share of, in the code all
+    weights of the model, in the papers' tables undecidable; here the targets' weights. 0: LoRA's
+    count at --rank, module by module; the code spreads the sum by size. Its weight decay, 1 to 30,
+    pulls on the values alone; here it is --weight_decay.
 """
 import torch
 import torch.nn as nn
@@ -42,11 +45,11 @@ class SparseProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, W, values = ctx.saved_tensors
-        layer, flat = ctx.layer, dy.flatten(0, -2)
+        layer = ctx.layer
         delta = layer.spread(values)
         exact = W.dtype == values.dtype
         dx = dy @ (W + delta) if exact else dy @ W + dy @ delta.to(dy.dtype)
-        dW = (flat.T @ x.flatten(0, -2)).to(values.dtype).flatten()         # dense, for a moment
+        dW = (dy.reshape(-1, len(W)).T @ x.reshape(-1, W.shape[1])).to(values.dtype).flatten()
         layer.gather(dW)
         return dx, None, dW[layer.lora_places], None
 
@@ -61,8 +64,8 @@ class SpIELLinear(nn.Module):
         self.lora_values = nn.Parameter(torch.zeros(count, device=W.device, dtype=wide))
         places = torch.randperm(W.numel(), device=W.device)[:count].sort().values
         self.lora_places = nn.Buffer(places)
-        self.candidates = self.seen = None      # places (k); sums of g, of g² and of steps
-        self.gathering, self.step_gradient = True, None
+        self.candidates = self.seen = None      # places (k); sums of g and of g² there (2, k)
+        self.gathering, self.step_gradient, self.age = True, None, 0
 
     def spread(self, values):
         W = self.base.weight
@@ -102,9 +105,9 @@ class SpIELLinear(nn.Module):
         dropped = order[:int(len(places) * share)]
         kept = places[order[len(dropped):]]
         fresh = ~torch.isin(self.candidates, kept)
-        best = self.candidates[fresh], self.seen[:, fresh]
-        top = best[1][0].abs().argsort(descending=True)[:len(dropped)]
-        grown, sums = best[0][top], best[1][:, top]
+        fresh, sums = self.candidates[fresh], self.seen[:, fresh]
+        top = sums[0].abs().argsort(descending=True)[:len(dropped)]
+        grown, sums = fresh[top], sums[:, top]
         stays = torch.isin(grown, places[dropped])              # dropped and grown again: untouched
         dropped = dropped[~torch.isin(places[dropped], grown[stays])]
         grown, (g, g2) = grown[~stays], sums[:, ~stays] / self.age
@@ -136,8 +139,8 @@ class SparseAdamW(torch.optim.Optimizer):
                 v = state["exp_avg_sq"] / (1 - b2 ** state["age"])
                 p.sub_(group["lr"] * m / (v.sqrt() + group["eps"]))
                 p.sub_(group["lr"] * group["weight_decay"] * p)         # of Δ, after the step
-                if layer_share := vars(p).pop("due", None):
-                    layer, share = layer_share
+                if due := vars(p).pop("due", None):
+                    layer, share = due
                     layer.reselect(share, state, group["betas"])
 
 
@@ -151,9 +154,10 @@ def observe(model, t, T):
     for layer in (m for m in model.modules() if hasattr(m, "gather")):
         S, A, rate = layer.schedule
         layer.end_step()
-        if t % S == A:
+        if t % S == A and t < T:
             layer.lora_values.due = layer, 1.0 if t == A else rate * (1 - t / T)
-        layer.gathering = (t + 1) % S <= A          # the next step's
+        start = (t + 1) // S * S                    # of the next step's window, if it can end
+        layer.gathering = t + 1 - start <= A and start + A < T
 
 
 def find(model, targets):
