@@ -187,7 +187,8 @@ def test_rows(module, sets, directory, limit=None):
             absent.append(name)
             reason = str(error)
     if not found:
-        raise ValueError(reason)
+        one = len(absent) == 1 and reason + (f"; from {module.TASKS[name]['source']}" if module.TASKS else "")
+        raise ValueError(one or f"{directory}: not found: {missing(module, absent)}")
     return found, absent
 
 
@@ -219,44 +220,57 @@ def example(tokenizer, row, text=None):
     return prompt + answer, len(prompt)
 
 
-def read_outputs(file, rows):
-    """The outputs that an interrupted run left in `file`, None for each row without one. ValueError for other prompts."""
-    outputs = [None] * len(rows)
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else [], 1):
+def read_lines(file):
+    """{row: the line} of a file of outputs, as far as it was written."""
+    lines, text = {}, file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    for line in text.split("\n"):               # not splitlines: an output may hold U+2028
         try:
             line = json.loads(line)
         except ValueError:
-            continue                                            # cut off in the middle: generated again
-        i = line.get("row", -1)
-        if not 0 <= i < len(rows) or line.get("prompt") != shown(rows[i]):
-            raise ValueError(f"{file}: line {number} holds the output of another prompt than row {i} of this run")
+            continue                            # empty, or cut off in the middle: generated again
+        lines[line["row"]] = line
+    return lines
+
+
+def read_outputs(file, rows):
+    """The outputs that an interrupted run left in `file`, None for each row without one. ValueError for other prompts."""
+    outputs = [None] * len(rows)
+    for i, line in read_lines(file).items():
+        if not 0 <= i < len(rows) or line["prompt"] != shown(rows[i]):
+            raise ValueError(f"{file}: the output of row {i} is to another prompt than this run's")
         outputs[i] = line["output"]
     return outputs
 
 
 def complete(model, tokenizer, module, rows, file=None, rule="strict", temperature=0.0, top_p=1.0):
     """An output for each row. Each is appended to `file` as soon as it is there; those that it holds are kept."""
-    outputs = read_outputs(file, rows) if file else [None] * len(rows)
+    outputs, right = read_outputs(file, rows) if file else [None] * len(rows), []
     todo = [i for i, output in enumerate(outputs) if output is None]
+    if temperature and len(todo) < len(rows):       # not the same draws once more
+        torch.manual_seed(torch.initial_seed() + len(rows) - len(todo))
+    prompts = [prompt_ids(tokenizer, rows[i]) for i in todo]
     stops = [[re.compile(stop) for stop in row.get("stop", module.STOP)] for row in rows]
     bar = tqdm(total=len(rows), initial=len(rows) - len(todo), desc="generate", disable=None, leave=False)
+    text = lambda k, ids: tokenizer.continuation(prompts[k], ids, special=module.KIND == "execute")
 
     def finished(k, ids):
-        text = tokenizer.decode(ids)
-        return any(stop.search(text) for stop in stops[todo[k]])
+        return any(stop.search(text(k, ids)) for stop in stops[todo[k]])
 
     def each(k, ids):
         i = todo[k]
-        outputs[i] = tokenizer.decode(ids)
+        outputs[i] = text(k, ids)
         if dump:
             print(json.dumps(dict(row=i, prompt=shown(rows[i]), output=outputs[i]), ensure_ascii=False), file=dump, flush=True)
+        if module.KIND == "generate":               # the accuracy so far
+            right.extend(module.score([outputs[i]], [rows[i]], rule)["correct"])
+            bar.set_postfix_str(f"accuracy {sum(right) / len(right):.1%}", refresh=False)
         bar.update()
-        if module.KIND == "generate" and not bar.disable:       # so far
-            done = [(output, row) for output, row in zip(outputs, rows) if output is not None]
-            bar.set_postfix_str(f"accuracy {module.score(*zip(*done), rule)['accuracy']:.1%}", refresh=False)
 
+    cut = file and file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
     with open(file, "a", encoding="utf-8") if file else nullcontext() as dump, bar:
-        generate(model, [prompt_ids(tokenizer, rows[i]) for i in todo], module.MAX_NEW_TOKENS, tokenizer.eos, tokenizer.size,
+        if cut:
+            dump.write("\n")
+        generate(model, prompts, module.MAX_NEW_TOKENS, tokenizer.eos, tokenizer.size,
                  temperature, top_p, finished if any(stops) else None, each)
     return outputs
 
@@ -296,9 +310,9 @@ def evaluate(model, tokenizer, module, rows, file=None, rule="strict", n=1, temp
     scored = {}
     if module.KIND != "execute" or execute:
         scored = module.score(outputs, samples, rule)
-    lines = []
+    lines, earlier = [], read_lines(file) if file else {}           # what an earlier run found out, this one may not
     for i, (row, output) in enumerate(zip(samples, outputs)):
-        line = dict(row=i, prompt=shown(row), output=output)
+        line = earlier.get(i, {}) | dict(row=i, prompt=shown(row), output=output)
         if scored:
             line |= dict(extracted=scored["extracted"][i], answer=row.get("answer", row.get("output")), correct=scored["correct"][i])
         lines.append(line | ({"chosen": chosen[i // n]} if i // n in chosen else {}))
@@ -379,6 +393,8 @@ def main(argv=None):
         p.error(f"--n {args.n}: greedy outputs are all the same, give --temperature")
     try:
         module, names = find_task(args.task)
+        if args.n > 1 and module.KIND == "classify":
+            raise ValueError(f"--n {args.n}: a classifier has one answer")
         sets, absent = test_rows(module, names, args.data, args.limit)
         out = Path(args.out) if args.out else None
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "score_only", "allow_code_execution", "rule", "device")}
@@ -390,6 +406,8 @@ def main(argv=None):
                         f"{k} {held.get(k)!r}" for k in settings if settings[k] != held.get(k))))
         if args.score_only and not (out and out.exists()):
             raise ValueError(f"--score_only: no outputs in --out {out}")
+        if args.score_only and module.KIND == "classify":       # of a family, those that the head fitted
+            sets = {name: rows for name, rows in sets.items() if (out / f"{name}.jsonl").exists()}
         model = tokenizer = None
         if not args.score_only:
             device = pick_device(args.device)
@@ -399,6 +417,8 @@ def main(argv=None):
             tokenizer = Tokenizer(args.model, model.cfg)
             if args.adapter:
                 checkpoint.load_adapter(model, args.adapter)
+            if getattr(model, "fresh_head", False) and not args.adapter:
+                print("note: the checkpoint has no classification head, this one is random")
             if module.KIND == "classify":       # a family may need heads of several sizes, and the model has one
                 needs = {name: len(module.TASKS[name]["labels"]) for name in sets}
                 sets = {name: rows for name, rows in sets.items() if needs[name] == model.cfg.num_labels}

@@ -514,6 +514,12 @@ class Tokenizer:
     def decode(self, ids):
         return self.fast.decode(ids)
 
+    def continuation(self, prompt, ids, special=False):
+        """Text of ids as they go on after a prompt's: a decoder may drop a space at the very start. special: and its names."""
+        last = prompt[-1:]
+        before = self.fast.decode(last, skip_special_tokens=not special)
+        return self.fast.decode([*last, *ids], skip_special_tokens=not special)[len(before):]
+
     def pair(self, text, other=None, longest=None):
         """Ids of a text, or of two, with all special tokens; of the longer one as much as the model has positions for."""
         longest = min(length for length in (longest, self.longest) if length)

@@ -23,8 +23,6 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data import sandbox
-
 FAMILY, KIND, MAX_NEW_TOKENS = "code", "execute", 512
 TASKS = {name: dict(rows=rows, metric="pass@1", file=f"code/{file}", names=(f"code/{file}", file, other), source=source)
          for name, rows, file, other, source in (
@@ -46,7 +44,7 @@ def read(directory, names, fields=("instruction", "output")):
     try:
         text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8-sig")
         if ".jsonl" in file.suffixes:       # as a list with a row a line, so that an error names the line
-            text = "[" + ",\n".join(line for line in text.splitlines() if line.strip()) + "]"
+            text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
         rows = json.loads(text)
     except (ValueError, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{file}: not JSON ({error})") from None
@@ -68,13 +66,19 @@ def humaneval(row):
     text = inspect.cleandoc("".join(text[-1]))
     return dict(task_id=row["task_id"], prefix=row["prompt"], output=row.get("canonical_solution", ""), stop=STOP,
                 instruction=f"Write a Python function `{signature[1]}` to solve the following problem:\n{text}",
-                tests=f"{row['test']}\ncheck({row['entry_point']})", answer="passed")
+                tests=f"{row['test']}\ncheck({row['entry_point']})", answer="passed",
+                names=defined(row["prompt"]) + [row["entry_point"]])
 
 
 def mbpp(row):
     return dict(task_id=row["task_id"], prefix="", output=row["code"].replace("\r", ""), stop=MBPP_STOP, answer="passed",
                 instruction=f"{row['prompt']}\nYour code should pass this test:\n{row['test_list'][0]}",
-                tests="\n".join(row["test_imports"] + row["test_list"]))
+                tests="\n".join(row["test_imports"] + row["test_list"]), names=defined(row["code"]))
+
+
+def defined(code):
+    """Names of the functions and classes that a piece of code defines: all that its tests may call."""
+    return re.findall(r"^(?:def|class) (\w+)", code, re.MULTILINE)
 
 
 def rows(directory, task, split):
@@ -100,8 +104,8 @@ def rows(directory, task, split):
 
 def program(output, row):
     """The code in an output: what opened it, then the text before the first stop, without a fence."""
-    if not row["prefix"]:
-        output = re.sub(r"^\s*```\w*\n", "", output)
+    if not row["prefix"] and (fenced := re.search(r"```\w*\n(.*?)(```|$)", output, re.DOTALL)):
+        output = fenced[1]
     ends = [match.start() for stop in row["stop"] if (match := re.search(stop, output))]
     return row["prefix"] + output[:min(ends, default=len(output))]
 
@@ -113,8 +117,10 @@ def pass_at_k(n, c, k):
 
 def score(outputs, rows, rule="strict"):
     """Runs every sample; a problem has as many as there are rows of its task_id."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        said = list(pool.map(lambda pair: sandbox.run(program(*pair), pair[1]["tests"], TIMEOUT), zip(outputs, rows)))
+    from data import sandbox        # here, since it needs a Unix
+    run = lambda output, row: sandbox.run(program(output, row), row["tests"], row["names"], TIMEOUT)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+        said = list(pool.map(run, outputs, rows))
     problems = {}
     for row, result in zip(rows, said):
         problems.setdefault(row["task_id"], []).append(result == "passed")

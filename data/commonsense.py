@@ -36,7 +36,7 @@ def read(directory, names, fields=("instruction", "output")):
     try:
         text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8-sig")
         if ".jsonl" in file.suffixes:       # as a list with a row a line, so that an error names the line
-            text = "[" + ",\n".join(line for line in text.splitlines() if line.strip()) + "]"
+            text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
         rows = json.loads(text)
     except (ValueError, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{file}: not JSON ({error})") from None

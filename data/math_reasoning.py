@@ -39,7 +39,7 @@ def read(directory, names, fields=("instruction", "output")):
     try:
         text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8-sig")
         if ".jsonl" in file.suffixes:       # as a list with a row a line, so that an error names the line
-            text = "[" + ",\n".join(line for line in text.splitlines() if line.strip()) + "]"
+            text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
         rows = json.loads(text)
     except (ValueError, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{file}: not JSON ({error})") from None
@@ -64,6 +64,7 @@ def rows(directory, task, split):
             if not re.fullmatch("[A-E]" if task == "AQuA" else r"-?\d+(\.\d+)?", str(answer)):
                 raise ValueError(f"{task}, test row {number}: answer {answer!r}, "
                                  f"expected {'a letter A - E' if task == 'AQuA' else 'a number'}")
+            answer = row["answer"] = str(answer)
             if task == "AQuA":
                 row["choices"] = {letter: f"The answer is ({letter})." for letter in "ABCDE"}
             row["output"] = f"The answer is {f'({answer})' if task == 'AQuA' else f'{float(answer):.10g}'}."
@@ -89,9 +90,10 @@ def number(output, rule="strict"):
                             re.findall(r"((?<![\w)\]])-)?\$?(\d+(?:\.\d+)?|\.\d+)", part)]
     heads = re.finditer(r"\banswer\b.{0,40}?(?:\bis\b|:|=)|####", text, re.IGNORECASE)
     tails = [text[head.end():].partition("\n")[0] for head in heads]
-    if stated := [tail for tail in tails if numbers(tail)]:     # "is 3 + 4 = 7. 9 .." is 7, "is 7 of the 9" is 7
-        left, equals, right = re.split(r"\.\s", stated[-1])[0].rpartition("=")
-        return (numbers(right) or numbers(left) or numbers(stated[-1]))[0]
+    if stated := [tail for tail in tails if numbers(tail)]:     # "is 3 + 4 = 7" and "is x = 7" are 7, "is 7, as 3 + 5 = 8", too
+        worked = re.match(r"[\s$\d.+*/()a-z×÷-]*?=(?:[\s$\d.+*/()×÷-]*=)*(.*)", stated[-1])
+        plain = worked and not re.match(r"[\s:$]*\d[\d.]*\s*[a-z(]", stated[-1])
+        return (numbers(worked[1]) if plain and numbers(worked[1]) else numbers(stated[-1]))[0]
     return (numbers(text) or [None])[-1]
 
 
@@ -99,7 +101,7 @@ def letter(output, rule="strict"):
     """The letter that an output answers with, or ""."""
     if rule == "paper":
         return next(iter(re.findall("[A-E]", output)), "")
-    for form in (r"(?i:\banswer)(?: is| would be| must be)?\W*(?:(?i:option|choice)\W*)?(?!A\s+[a-z])([A-E])\b",
+    for form in (r"\\boxed\{([A-E])\}", r"(?i:\b(?:answer|option|choice))(?: is| would be| must be)?\W*(?:(?i:option|choice)\W*)?(?!A\s+[a-z])([A-E])\b",
                  r"\(([A-E])\)", r"(?m:^\s*([A-E])[).:]?\s*$)"):
         if found := re.findall(form, output):
             return found[-1]

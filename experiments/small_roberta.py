@@ -24,11 +24,11 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]        # ids 0 - 4, as RoB
 
 def make(directory, data, vocabulary=4096, width=128, layers=4, seed=42):
     """Writes config.json, model.safetensors and tokenizer.json to a new directory; weights are N(0, 0.02²)."""
-    directory = Path(directory)
-    directory.mkdir(parents=True)
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator((row["text"] for row in glue.rows(data, "sst2", "train")), vocabulary,
                                   special_tokens=SPECIAL, show_progress=False)
+    directory = Path(directory)
+    directory.mkdir(parents=True)
     tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))
     tokenizer.save(str(directory / "tokenizer.json"))
     config = dict(architectures=["RobertaForSequenceClassification"], model_type="roberta", vocab_size=vocabulary, hidden_size=width,

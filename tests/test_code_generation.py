@@ -30,7 +30,8 @@ def test_mbpp_shows_its_first_test_alone():
     row = task.mbpp(SANITIZED)
     assert row["instruction"] == "Write a function to add.\nYour code should pass this test:\nassert add(1, 2) == 3"
     assert row["prefix"] == "" and row["tests"] == "import math\nassert add(1, 2) == 3\nassert math.isclose(add(0.5, 0.5), 1)"
-    assert "\r" not in row["output"]
+    assert "\r" not in row["output"] and row["names"] == ["add"]
+    assert task.humaneval(dict(PROBLEM, prompt="def help(x):\n    pass\n\n" + PROBLEM["prompt"]))["names"] == ["help", "add", "add"]
 
 
 # completion -> what of it belongs to the program
@@ -39,7 +40,7 @@ HUMANEVAL = {"    return 1\n": "    return 1\n", "    return 1\n\n\ndef other():
              "    if x:\n        y\nif z:": "    if x:\n        y", "    return 1<|endoftext|>x": "    return 1", "    return 1<|eot_id|>": "    return 1",
              "    s = '\\n'\n    return s\nassert x": "    s = '\\n'\n    return s", "\n    return 1\nclass A": "\n    return 1", "": ""}
 MBPP = {"def f():\n  return 1\n\nprint(f())": "def f():\n  return 1\n", "import re\ndef g(): pass\n\ndef f():\n  return g()\nassert f()": "import re\ndef g(): pass\n\ndef f():\n  return g()",
-        "```python\ndef f(): pass\n```\nIt does nothing.": "def f(): pass", "def f(): pass\nif x:": "def f(): pass", "def f(): pass\n\"\"\"x": "def f(): pass",
+        "```python\ndef f(): pass\n```\nIt does nothing.": "def f(): pass\n", "Here it is:\n```python\ndef f(): pass\n\nx = 1\n```\nDone.": "def f(): pass\n\nx = 1\n", "def f(): pass\nif x:": "def f(): pass", "def f(): pass\n\"\"\"x": "def f(): pass",
         "def f(): pass\nclass A:": "def f(): pass", "def f(): pass\n<|im_end|>": "def f(): pass", "x = 1\n# y\nz = 2": "x = 1\n# y\nz = 2"}
 
 
@@ -67,7 +68,7 @@ def test_pass_at_k_by_hand():
 
 
 def test_samples_are_grouped_by_problem_and_every_verdict_is_kept(monkeypatch):
-    monkeypatch.setattr(sandbox, "run", lambda program, tests, timeout: "passed" if "right" in program else "AssertionError: ")
+    monkeypatch.setattr(sandbox, "run", lambda program, tests, names, timeout: "passed" if "right" in program else "AssertionError: ")
     rows = [row for i in range(3) for row in [dict(task.humaneval(PROBLEM), task_id=i)] * 5]
     outputs = ["    right", "    wrong", "    wrong", "    wrong", "    wrong"] + ["    right"] * 5 + ["    wrong"] * 5
     got = task.score(outputs, rows)

@@ -204,8 +204,49 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(net, tok, tmp_path, 
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert asked == [4] and lines[0]["extracted"] == "12345" and not lines[0]["correct"]
     assert lines[1:] == [json.loads(line) for line in whole.splitlines()][1:] and want["accuracy"] > 0.5
-    with pytest.raises(ValueError, match="line 1 holds the output of another prompt than row 0"):
+    with pytest.raises(ValueError, match="the output of row 0 is to another prompt than this run's"):
         E.evaluate(net, tok, arithmetic, rows[1:], file)
+
+
+def test_outputs_survive_line_separators_and_two_stops(net, tok, tmp_path):
+    """U+2028 is no end of a line of JSON; what follows a cut line starts a line of its own."""
+    rows, file = arithmetic.generate("test", 4, 1, 0), tmp_path / "easy.jsonl"
+    first = dict(row=0, prompt=E.shown(rows[0]), output="a\u2028b\u0085c")
+    file.write_bytes((json.dumps(first, ensure_ascii=False) + "\n" + '{"row": 1, "prompt": "\u00e9').encode()[:-1])
+    E.evaluate(net, tok, arithmetic, rows, file)
+    lines = E.read_lines(file)
+    assert sorted(lines) == [0, 1, 2, 3] and lines[0]["output"] == "a\u2028b\u0085c" and lines[1]["correct"] in (True, False)
+
+
+def test_a_resumed_sampling_draws_anew(net, tok, tmp_path):
+    rows, file = arithmetic.generate("test", 1, 1, 0) * 8, tmp_path / "s.jsonl"
+    torch.manual_seed(3)
+    E.complete(net, tok, arithmetic, rows, file, temperature=3.0)
+    lines = file.read_text().split("\n")
+    first = [json.loads(line)["output"] for line in lines[:4]]
+    file.write_text("\n".join(lines[:4]) + "\n")
+    torch.manual_seed(3)
+    again = E.complete(net, tok, arithmetic, rows, file, temperature=3.0)
+    assert again[:4] == first and again[4:] != first
+
+
+def test_scoring_again_keeps_what_only_the_model_could_tell(net, tok, tmp_path):
+    rows = [dict(instruction="1 + 1", input="", output="yes", answer="a", choices={"a": "The answer is 2.", "b": "zzz"})]
+    E.evaluate(net, tok, Choosing, rows, tmp_path / "x.jsonl")
+    before = json.loads((tmp_path / "x.jsonl").read_text())
+    E.evaluate(None, None, Choosing, rows, tmp_path / "x.jsonl")
+    assert json.loads((tmp_path / "x.jsonl").read_text()) == before and before["chosen"] in "ab"
+
+
+def test_a_continuation_keeps_the_space_that_a_decoder_drops_at_the_start():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    fast = Tokenizer(models.WordLevel({"\u2581a": 0, "\u2581b": 1, "<x>": 2, "[UNK]": 3}, "[UNK]"))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    fast.add_special_tokens(["<x>"])
+    tok = M.Tokenizer.__new__(M.Tokenizer)
+    tok.fast = fast
+    assert tok.decode([1]) == "b" and tok.continuation([0, 0], [1]) == " b"
+    assert tok.continuation([0], [1, 2]) == " b" and "<x>" in tok.continuation([0], [1, 2], special=True)
 
 
 def test_each_output_is_on_disk_as_soon_as_its_batch_is_done_and_before_any_score(net, tok, tmp_path, monkeypatch):
@@ -319,13 +360,14 @@ def test_the_command_runs_alone_with_an_adapter(tiny, tmp_path):
     (["--adapter", "nowhere"], "nowhere/adapter_config.json: No such file"),
     (["--model", "nowhere"], "nowhere: no such model directory"),
     (["--task", "x"], "task 'x', expected one of"),
-    (["--task", "boolq"], "found none of commonsense/boolq.json"),
+    (["--task", "boolq"], "found none of commonsense/boolq.json, boolq.json, dataset/boolq/test.json (.gz or not); from LLM-Adapters, dataset/boolq"),
     (["--limit", "0"], "--limit 0, expected at least 1"),
     (["--out", "."], ".: exists already, and holds no run of evaluate.py"),
     (["--score_only"], "--score_only: no outputs in --out None"),
     (["--n", "4"], "--n 4: greedy outputs are all the same"),
     (["--top_p", "0"], "expected 0 or more, and 0 < top_p <= 1"),
-    (["--task", "math"], "found none of math/mawps.json"),
+    (["--task", "math"], ".: not found: MultiArith (math/MultiArith.json, from LLM-Adapters, dataset/MultiArith/test.json); gsm8k"),
+    (["--task", "sst2", "--n", "3", "--temperature", "1"], "--n 3: a classifier has one answer"),
     (["--what"], "unrecognized arguments: --what")])
 def test_the_command_refuses_in_one_line(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

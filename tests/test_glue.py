@@ -177,7 +177,8 @@ def test_a_head_that_trains_on_a_bf16_encoder_is_fp32(roberta, data, tmp_path):
 def test_the_command_evaluates_the_family_and_names_what_is_missing(roberta, data, capsys):
     E.main(["--model", str(roberta), "--task", "glue", "--data", str(data), "--limit", "5"])
     out = capsys.readouterr().out
-    assert out.startswith("mnli needs a head of 3 labels, the model's has 2\nsst2 ")
+    assert out.startswith("note: the checkpoint has no classification head, this one is random\n"
+                          "mnli needs a head of 3 labels, the model's has 2\nsst2 ")
     assert "not found: cola (glue/cola/dev.tsv, from GLUE, CoLA/dev.tsv)" in out
 
 

@@ -13,12 +13,14 @@ NUMBERS = {
     "The answer is: 4\n5 apples": (4, 5), "the answer is -.5": (-0.5, 5), "The answer is $x = 4$": (4, 4), "The answer is 1. The answer is 2": (2, 2),
     "He has $1,250.50.": (1250.5, 1250.5), "-$5": (-5, 5), "$-5": (-5, -5), "\u22127": (-7, 7), "1234.": (1234, 1234), "1,2": (2, 12),
     "1,234,567": (1234567, 1234567), "12,34": (34, 1234), "50%": (50, 50), "3.0001": (3.0001, 3.0001),
-    "no number": (None, None), "": (None, None), "The answer is unknown, about 6": (6, 6), "The answer is\n9": (9, 9),
+    "The answer is 7 (x = 3 + 4)": (7, 4), "The answer is 8, because 3 + 5 = 9": (8, 9), "The answer is 5 apples, where n = 2": (5, 2),
+    "The answer is 3 * 4 = 12 - 2 = 10": (10, 10), "no number": (None, None), "": (None, None), "The answer is unknown, about 6": (6, 6), "The answer is\n9": (9, 9),
 }
 LETTERS = {
     "Answer: (B)": ("B", "A"), "The answer is (D).": ("D", "D"), "answer is B because": ("B", "B"), "A train goes. (C)": ("C", "A"),
     "B": ("B", "B"), "B)": ("B", "B"), "The answer is A train": ("", "A"), "none": ("", ""), "answer: option C": ("C", "C"),
     "the answer is\n(B)": ("B", "B"), "answer is A.": ("A", "A"), "Each (A) is wrong, so answer (B)": ("B", "E"), "**C**": ("", "C"),
+    "\\boxed{B}": ("B", "B"), "The correct option is C": ("C", "C"),
     "The correct answer is **C**": ("C", "C"), "Rationale: Both. The answer is (D).": ("D", "B"), "answer would be E": ("E", "E"), "": ("", ""),
 }
 
@@ -60,6 +62,9 @@ def write(directory, name, rows):
 def test_a_set_is_found_in_every_layout_and_its_right_output_is_its_answer(name, tmp_path):
     write(tmp_path, name, [dict(instruction="q", input="", output="\nA: wrong", answer="145.0")])
     assert task.rows(tmp_path, "SVAMP", "test")[0]["output"] == "The answer is 145."
+    write(tmp_path, name, [dict(instruction="q", input="", output="", answer=145.0)])       # a number, not a text
+    rows = task.rows(tmp_path, "SVAMP", "test")
+    assert rows[0]["output"] == "The answer is 145." and task.score(["145"], rows)["accuracy"] == 1
     with pytest.raises(FileNotFoundError, match="found none of math/mawps.json, mawps.json, dataset/mawps/test.json"):
         task.rows(tmp_path, "mawps", "test")
 

@@ -1,8 +1,6 @@
 """Generated code in its sandbox: reference solutions pass, hostile and broken programs do not, and nothing of them is left."""
-import gzip
-import json
 import os
-import sys
+import re
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from data import code_generation as task
 from data import sandbox
 
 TESTS = "assert add(2, 3) == 5\nassert add(-1, 1) == 0"
 GOOD = "def add(a, b):\n    return a + b\n"
+NAMES = ["add"]
 
 
 def processes():
@@ -40,23 +40,27 @@ def left(before):
 
 
 def test_a_right_program_passes_and_a_wrong_one_does_not():
-    assert sandbox.run(GOOD, TESTS) == "passed"
-    assert sandbox.run(GOOD.replace("+", "-"), TESTS) == "AssertionError: "
-    assert sandbox.run("def add(a, b) return", TESTS).startswith("SyntaxError")
-    assert sandbox.run("import nothing_here", TESTS) == "ModuleNotFoundError: No module named 'nothing_here'"
-    assert sandbox.run("", TESTS) == "NameError: name 'add' is not defined"
-    assert sandbox.run(GOOD, "assert add(1").startswith("SyntaxError")
+    assert sandbox.run(GOOD, TESTS, NAMES) == "passed"
+    assert sandbox.run(GOOD.replace("+", "-"), TESTS, NAMES) == "AssertionError: "
+    assert sandbox.run("def add(a, b) return", TESTS, NAMES).startswith("SyntaxError")
+    assert sandbox.run("import nothing_here", TESTS, NAMES) == "ModuleNotFoundError: No module named 'nothing_here'"
+    assert sandbox.run("", TESTS, NAMES) .startswith("KeyError") and sandbox.run(GOOD, TESTS, []) == "NameError: name 'add' is not defined"
+    assert sandbox.run(GOOD, "assert add(1", NAMES).startswith("SyntaxError")
 
 
-def test_calls_carry_plain_data_exceptions_and_the_programs_modules():
+def test_calls_carry_plain_data_and_exceptions():
     program = """
-import collections, math, re
+import collections, re
 Point = collections.namedtuple("Point", "x y")
 def same(x, *more, **named): return [x, more, named]
 def count(s): return collections.Counter(s)
 def point(): return Point(1, 2.5)
 def strange(): return {1: {2, 3}, (4,): [None, True, 1j, b"x", float("inf")]}
 def match(s): return re.search("a", s)
+def lazy(n): return (i for i in range(n))
+class Falsy:
+    def __bool__(self): return False
+def falsy(): return Falsy()
 def divide(x): return 1 / x
 def own(): raise type("Own", (Exception,), {})("mine")
 class Big(int): pass
@@ -65,8 +69,9 @@ def big(): return Big(7)
     tests = """
 assert same((1, 2), 3, key={"a": [4]}) == [(1, 2), (3,), {"key": {"a": [4]}}]
 assert count("aab") == {"a": 2, "b": 1} and point() == (1, 2.5) and big() == 7
-assert strange() == {1: {2, 3}, (4,): [None, True, 1j, b"x", math.inf]}
-assert match("bab") and not match("b")
+assert strange() == {1: {2, 3}, (4,): [None, True, 1j, b"x", float("inf")]}
+assert match("bab") and not match("b") and not falsy()
+assert list(lazy(3)) == [0, 1, 2] and lazy(3) != [0, 1, 2]
 for f, kind in ((lambda: divide(0), ZeroDivisionError), (own, RuntimeError), (lambda: divide(1, 2), TypeError)):
     try:
         f()
@@ -74,7 +79,15 @@ for f, kind in ((lambda: divide(0), ZeroDivisionError), (own, RuntimeError), (la
         continue
     raise AssertionError(kind)
 """
-    assert sandbox.run(program, tests) == "passed"
+    assert sandbox.run(program, tests, re.findall(r"def (\w+)\(", program)) == "passed"
+
+
+def test_only_the_named_functions_are_the_programs():
+    """A program cannot put its own abs or set into the tests."""
+    shadow = "def add(a, b): return 1\ndef abs(x): return 0\ndef set(x): return 1\n"
+    assert sandbox.run(shadow, "assert abs(add(1, 2) - 3) < 0.1", NAMES).startswith("AssertionError")
+    assert sandbox.run(shadow, "assert set([add(1, 2)]) == set([3])", NAMES).startswith("AssertionError")
+    assert sandbox.run("def sum(x, y): return x + y", "assert sum(10, 15) == 25", ["sum"]) == "passed"      # MBPP 126
 
 
 # What must not pass -> how its reason begins. GOOD comes first, so that nothing fails for lack of an answer.
@@ -86,8 +99,8 @@ HOSTILE = {
     "recursion": ("def add(a, b): return add(a, b)", "RecursionError"),
     "recursion without a limit": ("import sys\nsys.setrecursionlimit(10**9)\ndef add(a, b): return add(a, b)", ("EOFError", "no end", "MemoryError")),
     "sys.exit(0)": ("import sys\nsys.exit(0)", "RuntimeError: 0"),
-    "os._exit(0)": ("import os\nos._exit(0)", "EOFError: the program ended"),
-    "os._exit(0) in a call": ("import os\ndef add(a, b): os._exit(0)", "EOFError: the program ended"),
+    "os._exit(0)": ("import os\nos._exit(0)", "EOFError"),
+    "os._exit(0) in a call": ("import os\ndef add(a, b): os._exit(0)", "EOFError"),
     "walking frames for a nonce": ("""
 import gc, os, re, sys
 seen, frame = [], sys._getframe()
@@ -100,7 +113,7 @@ for fd in range(64):
         try: os.write(fd, nonce.encode())
         except OSError: pass
 def add(a, b): return None
-""", ("AssertionError", "ValueError: a result of")),
+""", ("AssertionError", "OSError", "EOFError", "ValueError", "TypeError")),
     "reading the tests": ("""
 import os
 text = b""
@@ -110,16 +123,16 @@ for fd in range(64):
         text += os.read(fd, 10**6)
     except OSError: pass
 def add(a, b): return eval(text.split(b"==")[1].split()[0])
-""", ""),
+""", ("IndexError", "EOFError", "OSError", "BlockingIOError", "no end")),
     "always equal": ("class Equal:\n    def __eq__(self, other): return True\ndef add(a, b): return Equal()", "AssertionError"),
     "always equal number": ("class Equal(int):\n    def __eq__(self, other): return True\n    __hash__ = None\ndef add(a, b): return Equal(9)",
                             "AssertionError"),
     "printing the word": ("print('passed', flush=True)\ndef add(a, b): print('passed', flush=True)", "AssertionError"),
     "a patched built-in": ("import builtins\nbuiltins.AssertionError = SystemExit\ndef add(a, b): return 0", "AssertionError"),
     "a closed stdout": ("import os, sys\nsys.stdout.close(), sys.stderr.close(), os.closerange(0, 3)\ndef add(a, b): return 0", "AssertionError"),
-    "every descriptor closed": ("import os\nos.closerange(0, 64)", "EOFError: the program ended"),
+    "every descriptor closed": ("import os\nos.closerange(0, 64)", "EOFError"),
     "endless output": ("while True: print('x' * 10**6)", "no end within 1.5 s"),
-    "an endless result": ("def add(a, b): return 'x' * (1 << 27)", "ValueError: a result of 134217"),
+    "an endless result": ("def add(a, b): return 'x' * (1 << 27)", "OSError"),
     "10 GB": ("x = bytearray(10 << 30)", "MemoryError"),
     "10 GB in small pieces": ("x = []\nwhile True: x.append('x' * 10**8 + str(len(x)))", ("MemoryError", "no end")),
     "a large file": ("open('large', 'w').write('x' * (1 << 21))", "OSError: [Errno 27] File too large"),
@@ -144,6 +157,12 @@ def add(a, b): return 5 if spawn() == "spawned" else 0
     "a socket": ("import socket\nsocket.socket()", "PermissionError: forbidden: socket.__new__"),
     "calling C": ("import ctypes\nctypes.CDLL(None).kill(1, 0)", "PermissionError: forbidden: ctypes"),
     "the parent's environment by /proc": ("import os\nx = open(f'/proc/{os.getppid()}/environ').read()", "PermissionError: forbidden: open /proc"),
+    "a pipe outside": ("import os\nos.mkfifo('/tmp/98765')", "AttributeError"),
+    "shared memory": ("import _posixshmem", "ModuleNotFoundError"),
+    "a database": ("import sqlite3\nsqlite3.connect('/tmp/98765.db')", "PermissionError: forbidden: sqlite3.connect"),
+    "a process's limits": ("import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU)", "PermissionError: forbidden: resource.prlimit"),
+    "a signal by descriptor": ("import os\nos.pidfd_open(os.getppid())", "AttributeError"),
+    "deep directories": ("import os\nfor i in range(300):\n    os.mkdir('d/' * i + 'd')\nassert False", "AssertionError"),
     "a link to /proc": ("import os\nos.symlink('/proc/self/environ', 'x')", "PermissionError: forbidden: os.symlink"),
     "no answer": ("def add(a): return a", "TypeError: add() takes 1 positional argument"),
 }
@@ -153,7 +172,7 @@ def add(a, b): return 5 if spawn() == "spawned" else 0
 def test_a_hostile_or_broken_program_does_not_pass_and_nothing_is_left(name):
     program, reason = HOSTILE[name]
     before, files = set(processes()), set(os.listdir(tempfile.gettempdir()))
-    said = sandbox.run(GOOD + program, TESTS, timeout=1.5)
+    said = sandbox.run(GOOD + program, TESTS, NAMES, timeout=1.5)
     assert said != "passed" and said.startswith(reason) and "\n" not in said, said
     assert not left(before)
     assert set(os.listdir(tempfile.gettempdir())) <= files
@@ -166,55 +185,69 @@ def test_writing_outside_its_directory_is_reported_and_does_not_happen(write, tm
     tmp_path.chmod(0o777)
     target = tmp_path / "written"
     program = f"try:\n    " + write.format(str(target)).replace("\n", "\n    ") + f"\nexcept BaseException: pass\n{GOOD}"
-    assert sandbox.run(program, TESTS).startswith("PermissionError: forbidden: o") and not target.exists()
+    assert sandbox.run(program, TESTS, NAMES).startswith("PermissionError: forbidden: o") and not target.exists()
 
 
 def test_writing_inside_is_allowed():
-    assert sandbox.run(GOOD + "import os\nopen('x', 'w').write('y' * 1000)\nos.rename('x', 'z')\nos.remove('z')\nopen(os.devnull, 'w')", TESTS) == "passed"
+    assert sandbox.run(GOOD + "import os\nopen('x', 'w').write('y' * 1000)\nos.rename('x', 'z')\nos.remove('z')\nopen(os.devnull, 'w')", TESTS, NAMES) == "passed"
 
 
 def test_the_environment_is_scrubbed(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
-    assert sandbox.run("import os\ndef names(): return sorted(os.environ)", "assert 'HF_TOKEN' not in names() and len(names()) < 8, names()") == "passed"
+    assert sandbox.run("import os\ndef names(): return sorted(os.environ)", "assert 'HF_TOKEN' not in names() and len(names()) < 8, names()", ["names"]) == "passed"
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can change its user")
 def test_root_runs_programs_as_another_user(monkeypatch):
-    assert sandbox.run("import os\ndef ids(): return os.getresuid(), os.getresgid(), os.getgroups()",
-                       f"assert ids() == (({sandbox.NOBODY},) * 3, ({sandbox.NOBODY},) * 3, [])") == "passed"
+    who = """
+import os
+def ids(): return os.getresuid(), os.getresgid(), os.getgroups()
+def shadow():
+    try: open("shadow", "w").close(), os.rename("shadow", "x"), os.listdir("/root")
+    except PermissionError: pass
+    return os.access("/etc/shadow", os.W_OK)
+"""
+    assert sandbox.run(who, f"assert ids() == (({sandbox.NOBODY},) * 3, ({sandbox.NOBODY},) * 3, []) and shadow() is False",
+                       ["ids", "shadow"]) == "passed"
     monkeypatch.setattr(sandbox, "can_change_user", lambda: False)
     with pytest.raises(RuntimeError, match="root cannot become user"):
-        sandbox.run(GOOD, TESTS)
+        sandbox.run(GOOD, TESTS, NAMES)
 
 
 # ------------------------------------------------------------------------------------ reference solutions
 
+def job(row):
+    return row["task_id"], task.program(row["output"], row), row["tests"], row["names"]
+
+
+def jobs(directory, name, count):
+    rows = task.rows(directory, name, "test")
+    assert len(rows) == count
+    return [job(row) for row in rows]
+
+
 def failures(jobs):
-    """[(name, program, tests)] -> {name: reason} of those that do not pass."""
+    """[(name, program, tests, names)] -> {name: reason} of those that do not pass."""
     with ThreadPoolExecutor(2) as pool:
         said = list(pool.map(lambda job: sandbox.run(*job[1:]), jobs))
     return {job[0]: reason for job, reason in zip(jobs, said) if reason != "passed"}
 
 
-def humaneval(lines):
-    return [(row["task_id"], row["prompt"] + row["canonical_solution"], f"{row['test']}\ncheck({row['entry_point']})")
-            for row in map(json.loads, lines)]
-
-
 def test_all_164_humaneval_reference_solutions_pass(shared_data):
-    jobs = humaneval((shared_data / "code" / "humaneval.jsonl").read_text(encoding="utf-8").splitlines())
-    assert len(jobs) == 164 and failures(jobs) == {}
+    assert failures(jobs(shared_data, "humaneval", 164)) == {}
+
+
+def test_some_mbpp_reference_solutions_pass(shared_data):
+    assert failures(jobs(shared_data, "mbpp", 257)[::20]) == {}
 
 
 @pytest.mark.slow
 def test_163_of_164_humaneval_plus_reference_solutions_pass(shared_data):
     """The test of HumanEval/32 is broken upstream: it calls poly(*[coefficients, x]) with a number unpacked."""
-    jobs = humaneval(gzip.decompress((shared_data / "code" / "humanevalplus.jsonl.gz").read_bytes()).decode().splitlines())
-    assert len(jobs) == 164 and list(failures(jobs)) == ["HumanEval/32"]
+    assert list(failures(jobs(shared_data, "humanevalplus", 164))) == ["HumanEval/32"]
 
 
 @pytest.mark.slow
 def test_all_427_mbpp_reference_solutions_pass(shared_data):
-    rows = json.loads((shared_data / "code" / "mbpp_sanitized.json").read_text(encoding="utf-8"))
-    jobs = [(row["task_id"], row["code"], "\n".join(row["test_imports"] + row["test_list"])) for row in rows]
-    assert len(jobs) == 427 and failures(jobs) == {}
+    rows = task.read(shared_data, task.TASKS["mbpp"]["names"], ("prompt", "code"))
+    assert len(rows) == 427 and failures([job(task.mbpp(row)) for row in rows]) == {}
