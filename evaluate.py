@@ -92,6 +92,16 @@ def classify(model, examples):
 
 
 @torch.no_grad()
+def predict(model, examples):
+    """A classifier's label for each example."""
+    out = [None] * len(examples)
+    for chosen in batches([len(ids) for ids, _ in examples], BATCH_TOKENS):
+        for i, label in zip(chosen, classify(model, [examples[i] for i in chosen]).argmax(-1).tolist()):
+            out[i] = label
+    return out
+
+
+@torch.no_grad()
 def nll(model, examples):
     """Negative log-likelihood (nats, summed over what is supervised) and how much that is, for each example."""
     out = [None] * len(examples)
@@ -232,6 +242,14 @@ def read_lines(file):
     return lines
 
 
+def write_lines(file, lines):
+    """Puts {row: line} in the place of what the file held; a key that a line lacks, but had there, it keeps."""
+    held, part = read_lines(file), file.with_name(f".{file.name}.part")
+    part.write_text("".join(json.dumps(held.get(i, {}) | line, ensure_ascii=False) + "\n" for i, line in lines.items()),
+                    encoding="utf-8")
+    part.replace(file)
+
+
 def read_outputs(file, rows):
     """The outputs that an interrupted run left in `file`, None for each row without one. ValueError for other prompts."""
     outputs = [None] * len(rows)
@@ -291,12 +309,7 @@ def evaluate(model, tokenizer, module, rows, file=None, rule="strict", n=1, temp
         with eval_mode(model):
             examples = [example(tokenizer, row) for row in rows]
             if module.KIND == "classify":
-                outputs = [None] * len(rows)
-                for some in batches([len(ids) for ids, _ in examples], BATCH_TOKENS):
-                    with torch.no_grad():
-                        best = classify(model, [examples[i] for i in some]).argmax(-1).tolist()
-                    for i, label in zip(some, best):
-                        outputs[i] = label
+                outputs = predict(model, examples)
             else:
                 outputs = complete(model, tokenizer, module, samples, file, rule, temperature, top_p)
             losses = nll(model, examples)
@@ -307,20 +320,16 @@ def evaluate(model, tokenizer, module, rows, file=None, rule="strict", n=1, temp
             chosen[i] = answer                                  # the least loss comes last and stays
         if chosen:
             result["likelihood"] = sum(chosen[i] == rows[i]["answer"] for i in chosen) / len(chosen)
-    scored = {}
-    if module.KIND != "execute" or execute:
-        scored = module.score(outputs, samples, rule)
-    lines, earlier = [], read_lines(file) if file else {}           # what an earlier run found out, this one may not
-    for i, (row, output) in enumerate(zip(samples, outputs)):
-        line = earlier.get(i, {}) | dict(row=i, prompt=shown(row), output=output)
-        if scored:
-            line |= dict(extracted=scored["extracted"][i], answer=row.get("answer", row.get("output")), correct=scored["correct"][i])
-        lines.append(line | ({"chosen": chosen[i // n]} if i // n in chosen else {}))
+    scored = module.score(outputs, samples, rule) if module.KIND != "execute" or execute else {}
+    verdicts = zip(scored.pop("extracted"), scored.pop("correct")) if scored else []
     if file is not None:
-        part = file.with_name(f".{file.name}.part")
-        part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        part.replace(file)
-    return {key: value for key, value in scored.items() if key not in ("extracted", "correct")} | result
+        lines = {i: dict(row=i, prompt=shown(row), output=output) for i, (row, output) in enumerate(zip(samples, outputs))}
+        for i, (extracted, correct) in enumerate(verdicts):
+            lines[i] |= dict(extracted=extracted, answer=samples[i].get("answer", samples[i].get("output")), correct=correct)
+        for i in lines.keys() & {i * n + j for i in chosen for j in range(n)}:
+            lines[i]["chosen"] = chosen[i // n]
+        write_lines(file, lines)
+    return scored | result
 
 
 def evaluate_sets(model, tokenizer, module, sets, name_file=lambda name: None, **how):

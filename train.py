@@ -384,7 +384,8 @@ def main(argv=None):
         summary[when], summary[f"loss_{when}"] = table.pop("main", {}), table.pop("loss")["mean"]
         if "majority" in table:
             summary["majority"] = table.pop("majority")
-        summary.update({f"{when}_{measure}": values for measure, values in table.items() if values != summary[when]})
+        own = {run.module.TASKS.get(name, {}).get("metric", "accuracy") for name in run.sets}
+        summary.update({f"{when}_{measure}": values for measure, values in table.items() if {measure} != own})
 
     started = time.perf_counter()
     if args.eval_before:

@@ -492,4 +492,5 @@ def test_a_family_names_the_sets_that_are_not_there(shared_data, tmp_path, capsy
     summary = run("--task", "commonsense", "--data", shared_data, "--max_steps", 1, "--eval_limit", 2, "--train_rows", 20,
                   "--batch_size", 2, "--no-eval_before", out=tmp_path / "run")
     assert summary["absent"] == ["social_i_qa"] and len(summary["after"]) == 8      # seven sets and their mean
+    assert set(summary["after_likelihood"]) == set(summary["majority"]) == set(summary["after"]) and "after_accuracy" not in summary
     assert "not found: social_i_qa (commonsense/social_i_qa.json, from LLM-Adapters, dataset/social_i_qa/test.json); the mean is over the others" in capsys.readouterr().out
