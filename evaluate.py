@@ -93,12 +93,15 @@ def classify(model, examples):
 
 @torch.no_grad()
 def predict(model, examples):
-    """A classifier's label for each example."""
-    out = [None] * len(examples)
+    """A classifier's label for each example, and the loss of the right one as nll has it, by one forward pass."""
+    labels, losses = [None] * len(examples), [None] * len(examples)
     for chosen in batches([len(ids) for ids, _ in examples], BATCH_TOKENS):
-        for i, label in zip(chosen, classify(model, [examples[i] for i in chosen]).argmax(-1).tolist()):
-            out[i] = label
-    return out
+        logits = classify(model, [examples[i] for i in chosen]).float()
+        right = torch.tensor([examples[i][1] for i in chosen], device=logits.device)
+        parts = F.cross_entropy(logits, right, reduction="none").tolist()
+        for i, label, part in zip(chosen, logits.argmax(-1).tolist(), parts):
+            labels[i], losses[i] = label, (part, 1)
+    return labels, losses
 
 
 @torch.no_grad()
@@ -272,7 +275,8 @@ def complete(model, tokenizer, module, rows, file=None, rule="strict", temperatu
     text = lambda k, ids: tokenizer.continuation(prompts[k], ids, special=module.KIND == "execute")
 
     def finished(k, ids):
-        return any(stop.search(text(k, ids)) for stop in stops[todo[k]])
+        so_far = text(k, ids)
+        return any(stop.search(so_far) for stop in stops[todo[k]])
 
     def each(k, ids):
         i = todo[k]
@@ -309,10 +313,10 @@ def evaluate(model, tokenizer, module, rows, file=None, rule="strict", n=1, temp
         with eval_mode(model):
             examples = [example(tokenizer, row) for row in rows]
             if module.KIND == "classify":
-                outputs = predict(model, examples)
+                outputs, losses = predict(model, examples)
             else:
                 outputs = complete(model, tokenizer, module, samples, file, rule, temperature, top_p)
-            losses = nll(model, examples)
+                losses = nll(model, examples)
             choices = [(i, answer, text) for i, row in enumerate(rows) for answer, text in row.get("choices", {}).items()]
             choice_losses = nll(model, [example(tokenizer, rows[i], text) for i, _, text in choices])
         result["loss"] = sum(total for total, _ in losses) / sum(count for _, count in losses)
@@ -345,12 +349,17 @@ def evaluate_sets(model, tokenizer, module, sets, name_file=lambda name: None, *
         cells = (f"{measure} {value:.4f}" if measure == "loss" else f"{measure} {value:6.1%}"
                  for measure, value in result.items())
         print(f"{Path(name).stem:16}{'  '.join(cells)}  ({len(rows)} rows)", flush=True)
-        metric = module.TASKS.get(name, {}).get("metric", "accuracy")
+        metric = metric_of(module, name)
         for measure, value in (result | ({"main": result[metric]} if metric in result else {})).items():
             table.setdefault(measure, {})[name] = value
     if hasattr(module, "NOTE"):
         print(f"note: {module.NOTE}")
     return {measure: {"mean": sum(values.values()) / len(values), **values} for measure, values in table.items()}
+
+
+def metric_of(module, name):
+    """The measure that counts for a set: its task file's, or accuracy for a user's own file."""
+    return module.TASKS.get(name, {}).get("metric", "accuracy")
 
 
 def missing(module, names):

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
-from evaluate import (Parser, check_kind, evaluate_sets, eval_mode, example, find_task, missing, nll, supervised, test_rows,
-                      token_losses)
+from evaluate import (Parser, check_kind, evaluate_sets, eval_mode, example, find_task, metric_of, missing, nll, supervised,
+                      test_rows, token_losses)
 from model import Tokenizer, load, pick_device, pick_dtype, targets_of
 
 ROOT = Path(__file__).resolve().parent
@@ -187,7 +187,8 @@ def encode(tokenizer, rows, max_len, train_on_prompt=False):
     for row in rows:
         if "label" in row:
             ids = tokenizer.pair(row["text"], row["pair"], max_len)
-            cut += len(ids) < len(tokenizer.fast.encode(row["text"], row["pair"]).ids)
+            if len(ids) >= min(max_len, tokenizer.longest):     # else surely whole: most rows are encoded once
+                cut += len(ids) < len(tokenizer.fast.encode(row["text"], row["pair"]).ids)
             examples.append((ids, row["label"]))
             continue
         ids, start = example(tokenizer, row)
@@ -384,7 +385,7 @@ def main(argv=None):
         summary[when], summary[f"loss_{when}"] = table.pop("main", {}), table.pop("loss")["mean"]
         if "majority" in table:
             summary["majority"] = table.pop("majority")
-        own = {run.module.TASKS.get(name, {}).get("metric", "accuracy") for name in run.sets}
+        own = {metric_of(run.module, name) for name in run.sets}
         summary.update({f"{when}_{measure}": values for measure, values in table.items() if {measure} != own})
 
     started = time.perf_counter()
@@ -469,8 +470,7 @@ def main(argv=None):
     plot(out)
     show = lambda when: f"{summary[when]['mean']:.1%}" if summary[when] else "not scored"
     before = f"{show('before')} -> " if args.eval_before else ""
-    metric = run.module.TASKS.get(next(iter(run.sets)), {}).get("metric", "accuracy")
-    print(f"{metric} {before}{show('after')}  {trainable:,} trainable  {summary['seconds']:.0f} s  {out}")
+    print(f"{metric_of(run.module, next(iter(run.sets)))} {before}{show('after')}  {trainable:,} trainable  {summary['seconds']:.0f} s  {out}")
 
 
 def plot(out):
