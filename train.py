@@ -18,12 +18,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
-from evaluate import (Parser, check_kind, evaluate_sets, eval_mode, example, find_task, metric_of, missing, nll, supervised,
-                      test_rows, token_losses)
+from evaluate import (
+    Parser,
+    check_kind,
+    eval_mode,
+    evaluate_sets,
+    example,
+    find_task,
+    metric_of,
+    missing,
+    nll,
+    supervised,
+    test_rows,
+    token_losses,
+)
 from model import Tokenizer, load, pick_device, pick_dtype, targets_of
 
 ROOT = Path(__file__).resolve().parent

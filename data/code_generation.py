@@ -117,7 +117,7 @@ def pass_at_k(n, c, k):
 
 def score(outputs, rows, rule="strict"):
     """Runs every sample; a problem has as many as there are rows of its task_id."""
-    from data import sandbox        # here, since it needs a Unix
+    from data import sandbox  # here, since it needs a Unix
     run = lambda output, row: sandbox.run(program(output, row), row["tests"], row["names"], TIMEOUT)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
         said = list(pool.map(run, outputs, rows))

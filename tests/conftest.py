@@ -9,6 +9,17 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--seed-shift", type=int, default=0, metavar="N",
+                     help="add N to every seed given to torch: a bound that holds for one draw only turns red")
+
+
+def pytest_configure(config):
+    if shift := config.getoption("--seed-shift"):
+        seeded = torch.manual_seed
+        torch.manual_seed = lambda seed: seeded(seed + shift)
+
+
 def needed(path, what):
     """path if it exists; else skip, or fail where NO_SKIPS is set (as .ci/run sets it)."""
     if path is None or not Path(path).exists():

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import trainable
 
 import checkpoint
-from conftest import trainable
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 MODELS = ("LLaMA2-7B", "LLaMA2-13B", "LLaMA3-8B", "Qwen2.5-1.5B")

@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_model import SMALL, old_dialect, saved
 
 import checkpoint
 import model as M
-from test_model import SMALL, old_dialect, roberta, saved
 
 tf = pytest.importorskip("transformers")
 RECORD = dict(method="lora", targets=["q_proj"], rank=2, alpha=3.0, dropout=0.0, own={})

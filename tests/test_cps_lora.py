@@ -1,15 +1,14 @@
 """What the CPS-LoRA paper says: its clustering in factored form, its stages, its examples."""
 import math
-import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from conftest import trainable
 
 import cps_lora as cps
 import gralora
-from conftest import trainable
 
 
 def agreement(found, truth):

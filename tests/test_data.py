@@ -8,7 +8,6 @@ import pytest
 
 from data import arithmetic, code_generation, commonsense, math_reasoning, own
 
-
 # ------------------------------------------------------------------------------------ arithmetic
 
 def solve(row):

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import checkpoint
 import evaluate as E
 import model as M
-from conftest import ROOT
 from data import arithmetic
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import trainable
 from torch.utils.flop_counter import FlopCounterMode
 
 import gfa
-from conftest import trainable
 
 
 class Net(nn.Module):

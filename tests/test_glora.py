@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from conftest import trainable
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import glora
 import train
-from conftest import trainable
 from data import arithmetic
 
 

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+from conftest import trainable
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import gralora
-from conftest import trainable
 
 KINDS = [(1, 0), (2, 0), (4, 0), (2, 2), (4, 3), (1, 2)]       # k, hybrid of rank 4 + hybrid
 

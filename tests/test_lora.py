@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+from conftest import trainable
 
 import checkpoint
-from conftest import trainable
 
 lora = checkpoint.load_method("lora")
 

@@ -3,11 +3,11 @@ import re
 import shlex
 
 import pytest
+from conftest import ROOT, trainable
 
 import checkpoint
 import evaluate
 import train
-from conftest import ROOT, trainable
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("| [")]

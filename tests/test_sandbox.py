@@ -185,7 +185,7 @@ def test_a_hostile_or_broken_program_does_not_pass_and_nothing_is_left(name, tmp
 def test_writing_outside_its_directory_is_reported_and_does_not_happen(write, tmp_path):
     tmp_path.chmod(0o777)
     target = tmp_path / "written"
-    program = f"try:\n    " + write.format(str(target)).replace("\n", "\n    ") + f"\nexcept BaseException: pass\n{GOOD}"
+    program = "try:\n    " + write.format(str(target)).replace("\n", "\n    ") + f"\nexcept BaseException: pass\n{GOOD}"
     assert sandbox.run(program, TESTS, NAMES).startswith("PermissionError: forbidden: o") and not target.exists()
 
 

@@ -11,12 +11,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 import model as M
 import train
-from conftest import ROOT
 from data import arithmetic
 
 FAST = ["--max_steps", "3", "--batch_size", "4", "--eval_limit", "4", "--train_rows", "40", "--log_every", "1"]

@@ -20,7 +20,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import arithmetic
 from evaluate import PROMPT, generate, pack, prompt_ids
-from model import Tokenizer as OurTokenizer, build
+from model import Tokenizer as OurTokenizer
+from model import build
 
 STEPS, BATCH, LR, WARMUP = 2000, 64, 3e-3, 100
 LEADS = ("", "", "Let us see. ", "We count. ", "First we write it down: ", "So ")     # so a sum has no fixed place
