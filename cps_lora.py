@@ -41,6 +41,9 @@ DEFAULTS = {"k": (2, "clusters per side"),
             "strategy": ("cosine", "how the next stage's clusters are found", STRATEGIES),
             "reference": ("longest", "what the cosine is taken with", ("longest", "mean", "first"))}
 COMMON = {"reinit_every": "1"}
+# On the bundled model: two stages, as in the paper.
+TINY = {"lr": 5e-3, "max_steps": 300, "reinit_every": None, "reinit_at": 150}
+PRESET = "cps_lora"                     # whose rows of presets.py apply
 
 
 # ---- clustering: the rows of P Qᵀ (m, n), with P (m, R) and Q (n, R), never formed as a whole

@@ -51,6 +51,8 @@ DEFAULTS = {"ratio": ("3:1", "rank of the global to rank of the local adapter"),
             "global_init": ("bottom", "triplets that G starts on", ("bottom", "top")),
             "local_init": ("top", "triplets that L starts on", ("top", "bottom"))}
 COMMON = {"reinit_every": "2"}
+TINY = {"lr": 5e-3, "reinit_every": "60s"}   # on the bundled model
+PRESET = "glora"                        # whose rows of presets.py apply
 
 
 def exact_svd(M, take):

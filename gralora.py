@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 DEFAULTS = {"k": (2, "blocks per side; 0: the smallest power of two with rank / k² <= 8"),
             "hybrid": (0, "part of the rank that is plain LoRA")}
+PRESET = "gralora"                      # whose rows of presets.py apply
 
 
 def blocks_for(rank):

@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 DEFAULTS = {}
+PRESET = "denselora"                    # whose rows of presets.py apply
 NOT_MERGEABLE = "DenseLoRA's GELUs make its update a function of the input: no weight holds it"
 
 

@@ -11,6 +11,7 @@ import torch
 
 DEFAULTS = {}
 COMMON = {"lr": 2e-5}
+TINY = {"lr": 1e-3}                     # on the bundled model
 TRAINS_BASE_WEIGHTS = True      # the declared exception to "only lora_ tensors train"
 
 

@@ -19,6 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 DEFAULTS = {}
+TINY = {"lr": 5e-3}                     # on the bundled model
+PRESET = "milora"                       # whose rows of presets.py apply
 
 
 def triplets(W, rank):

@@ -18,6 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 DEFAULTS = {"niter": (0, "power iterations of a randomized SVD (the paper's fast one); 0: exact")}
+TINY = {"lr": 5e-3}                     # on the bundled model
+PRESET = "pissa"                        # whose rows of presets.py apply
 
 
 def triplets(W, rank, niter):

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 
 DEFAULTS = {}
 COMMON = {"reinit_every": "1"}
+TINY = {"lr": 5e-3, "reinit_every": "60s"}   # on the bundled model
+PRESET = "rosa"                         # whose rows of presets.py apply
 
 
 def window(W, rank):
