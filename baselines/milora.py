@@ -67,7 +67,10 @@ class MiLoRALinear(nn.Module):
 
 
 def find(model, targets):
-    """{name: nn.Linear} whose leaf name or dotted suffix is in targets; none may hit nothing."""
+    """
+    {name: nn.Linear} whose leaf name or dotted suffix is in targets. ValueError for a target that
+    hits nothing, or whose weight another module shares, as a tied head's does.
+    """
     if not targets:
         raise ValueError("no targets")
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -76,7 +79,13 @@ def find(model, targets):
         if not names:
             raise ValueError(f"target {target!r} matches no nn.Linear of the model")
     hit = set().union(*hits.values())
-    return {name: m for name, m in linears.items() if name in hit}
+    found = {name: m for name, m in linears.items() if name in hit}
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    for name, m in found.items():
+        others = [n for n, p in parameters if p is m.weight and n != f"{name}.weight"]
+        if others:
+            raise ValueError(f"{name}: its weight is also {others[0]}, an update would change both")
+    return found
 
 
 def inject(model, targets, rank, alpha=None, dropout=0.0):
