@@ -212,14 +212,15 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=2, strategy="cosi
            reference="longest"):
     """
     Freeze the model, wrap its targets in place. ValueError for an alpha (no scale is printed), a
-    bad target or strategy, a rank outside 1..min(in, out), or a k that does not divide it.
+    bad target, dropout or strategy, a rank outside 1..min(in, out), or a k that does not divide it.
     """
     if alpha is not None:
         raise ValueError("CPS-LoRA has no alpha: its update is not scaled (Eq. 8)")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout}, expected 0 <= dropout < 1")
     for flag, value in (("strategy", strategy), ("reference", reference)):
         if value not in DEFAULTS[flag][2]:
             raise ValueError(f"{flag} {value!r}, expected one of {', '.join(DEFAULTS[flag][2])}")
-    model.requires_grad_(False)
     found = find(model, targets)
     for name, base in found.items():
         smaller = min(base.weight.shape)
@@ -227,6 +228,7 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=2, strategy="cosi
             raise ValueError(f"rank {rank} for {name}, expected 1 to {smaller}")
         if not 1 <= k <= smaller or rank % k:
             raise ValueError(f"k {k} for {name}, expected a divisor of rank {rank}, 1 to {smaller}")
+    model.requires_grad_(False)
     for name, base in found.items():
         parent, _, leaf = name.rpartition(".")
         layer = CPSLinear(base, rank, dropout, k, strategy, reference)

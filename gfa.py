@@ -152,7 +152,6 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, sigma=0.02, match_l
     """
     if alpha is not None or dropout:
         raise ValueError("GFA has no alpha (s = 1, Step 4) and no dropout (x meets W + Δ at once)")
-    model.requires_grad_(False)
     found = find(model, targets)
     W = next(iter(found.values())).weight
     d = sum(base.weight.numel() for base in found.values())
@@ -160,6 +159,7 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, sigma=0.02, match_l
         rank = rank_within(match_lora, d, sum(sum(base.weight.shape) for base in found.values()))
     new = dict(device=W.device, dtype=torch.promote_types(W.dtype, torch.float32))
     shared, start = GlobalFactors(d, rank, sigma, **new), 0
+    model.requires_grad_(False)
     for name, base in found.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, GFALinear(base, shared, start))

@@ -229,13 +229,15 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, ratio="3:1", svd="e
            local_init="top"):
     """
     Freeze the model, wrap its targets in place; base.weight becomes W_res, by one SVD each.
-    ValueError for an alpha (no scale is printed), a bad target or choice, a rank outside
-    1..min(in, out), a ratio that does not divide it, the trailing triplets of a randomized SVD.
+    ValueError for an alpha (no scale is printed), a bad target, dropout or choice, a rank
+    outside 1..min(in, out), a ratio that does not divide it, a randomized SVD's trailing triplets.
     """
     own = dict(ratio=ratio, svd=svd, oversample=oversample, importance=importance,
                importance_window=importance_window, global_init=global_init, local_init=local_init)
     if alpha is not None:
         raise ValueError("G-LoRA has no alpha: its adapters are not scaled (Eq. 2)")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout}, expected 0 <= dropout < 1")
     for flag, (_, _, *choices) in DEFAULTS.items():
         if choices and own[flag] not in choices[0]:
             raise ValueError(f"{flag} {own[flag]!r}, expected one of {', '.join(choices[0])}")
@@ -243,12 +245,12 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, ratio="3:1", svd="e
         raise ValueError(f"oversample {oversample}, expected at least 1")
     if svd == "randomized" and local_init == "bottom":
         raise ValueError("local_init bottom needs svd exact: randomized finds leading triplets")
-    model.requires_grad_(False)
     found = find(model, targets)
     for name, base in found.items():
         if not 1 <= rank <= min(base.weight.shape):
             raise ValueError(f"rank {rank} for {name}, expected 1 to {min(base.weight.shape)}")
     r_g, r_l = split_rank(rank, ratio)
+    model.requires_grad_(False)
     for name, base in found.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, GLoRALinear(base, r_g, r_l, dropout, own))

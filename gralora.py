@@ -127,10 +127,12 @@ def find(model, targets):
 
 def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=2, hybrid=0):
     """
-    Freeze the model, wrap its targets in place. ValueError for a bad target, a rank outside
-    1..min(in, out), a hybrid part that is all of it, or a k that does not divide R, in and out.
+    Freeze the model, wrap its targets in place. ValueError for a bad target or dropout, a rank
+    outside 1..min(in, out), a hybrid part that is all of it, or a k that does not divide R, in and
+    out.
     """
-    model.requires_grad_(False)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout}, expected 0 <= dropout < 1")
     alpha = 2 * rank if alpha is None else alpha                        # §4.1: α = 2r
     k = k or blocks_for(rank)
     if not 0 <= hybrid < max(rank, 1):                                  # rank < 1 is reported below
@@ -143,6 +145,7 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=2, hybrid=0):
         for what, size in (("rank - hybrid", rank - hybrid), ("in", i), ("out", o)):
             if k < 1 or size % k:
                 raise ValueError(f"k {k} does not divide {what} = {size} of {name}")
+    model.requires_grad_(False)
     for name, base in found.items():
         parent, _, leaf = name.rpartition(".")
         layer = GraLoRALinear(base, rank, alpha, dropout, k, hybrid)

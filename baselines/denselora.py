@@ -93,9 +93,11 @@ class Owner(nn.ModuleDict):
 def inject(model, targets, rank, alpha=None, dropout=0.0):
     """
     Freeze the model, wrap its targets in place, put what they share into model.adapter. ValueError
-    unless 1 <= rank <= min(in, out), or where modules of a kind differ in shape.
+    for a bad target or dropout, unless 1 <= rank <= min(in, out), or where modules of a kind differ
+    in shape.
     """
-    model.requires_grad_(False)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout}, expected 0 <= dropout < 1")
     alpha = 2 * rank if alpha is None else alpha
     found, firsts = find(model, targets), {}
     for name, base in found.items():
@@ -105,6 +107,7 @@ def inject(model, targets, rank, alpha=None, dropout=0.0):
         if base.weight.shape != first.weight.shape:
             raise ValueError(f"{name} is {tuple(base.weight.shape)}, others of its kind "
                              f"{tuple(first.weight.shape)}: they cannot share an encoder")
+    model.requires_grad_(False)
     model.adapter = Owner({key: Shared(rank, base) for key, base in firsts.items()})
     for name, base in found.items():
         parent, _, leaf = name.rpartition(".")

@@ -80,13 +80,18 @@ def find(model, targets):
 
 
 def inject(model, targets, rank, alpha=None, dropout=0.0):
-    """Freeze the model, wrap its targets in place. ValueError unless 1 <= rank <= min(in, out)."""
-    model.requires_grad_(False)
+    """
+    Freeze the model, wrap its targets in place. ValueError for a bad target or dropout, or unless
+    1 <= rank <= min(in, out).
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout}, expected 0 <= dropout < 1")
     alpha = 2 * rank if alpha is None else alpha
     found = find(model, targets)
     for name, base in found.items():
         if not 1 <= rank <= min(base.weight.shape):
             raise ValueError(f"rank {rank} for {name}, expected 1 to {min(base.weight.shape)}")
+    model.requires_grad_(False)
     for name, base in found.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, DoRALinear(base, rank, alpha, dropout))

@@ -94,17 +94,20 @@ def find(model, targets):
 def inject(model, targets, rank, alpha=None, dropout=0.0, *, type=6):
     """
     Freeze the model, wrap its targets in place, at LoRA's budget for `rank`. ValueError for an
-    alpha (MoRA has no scale), a type but 1 and 6, or a rank outside 1..min(in, out).
+    alpha (MoRA has no scale), a bad target or dropout, a type but 1 and 6, or a rank outside
+    1..min(in, out).
     """
     if alpha is not None:
         raise ValueError("MoRA has no alpha: its update is not scaled")
     if type not in DEFAULTS["type"][2]:
         raise ValueError(f"type {type}, expected one of 1, 6")
-    model.requires_grad_(False)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout}, expected 0 <= dropout < 1")
     found = find(model, targets)
     for name, base in found.items():
         if not 1 <= rank <= min(base.weight.shape):
             raise ValueError(f"rank {rank} for {name}, expected 1 to {min(base.weight.shape)}")
+    model.requires_grad_(False)
     for name, base in found.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, MoRALinear(base, rank, dropout, type))

@@ -91,10 +91,11 @@ def find(model, targets):
 
 def inject(model, targets, rank, alpha=None, dropout=0.0, *, niter=0):
     """
-    Freeze the model, wrap its targets in place; base.weight becomes W_res. ValueError unless
-    1 <= rank <= min(in, out) and niter >= 0.
+    Freeze the model, wrap its targets in place; base.weight becomes W_res. ValueError for a
+    bad target or dropout, or unless 1 <= rank <= min(in, out) and niter >= 0.
     """
-    model.requires_grad_(False)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout}, expected 0 <= dropout < 1")
     alpha = rank if alpha is None else alpha
     found = find(model, targets)
     for name, base in found.items():
@@ -102,6 +103,7 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, niter=0):
             raise ValueError(f"rank {rank} for {name}, expected 1 to {min(base.weight.shape)}")
     if niter < 0:
         raise ValueError(f"niter {niter}, expected 0 or more")
+    model.requires_grad_(False)
     for name, base in found.items():
         parent, _, leaf = name.rpartition(".")
         layer = PiSSALinear(base, rank, alpha, dropout, niter)

@@ -96,10 +96,12 @@ class Owner(nn.ModuleDict):
 
 def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=1):
     """
-    Freeze the model, wrap its targets in place, put the pools into model.adapter. ValueError
-    unless 1 <= k < rank <= min(in, out), or where modules of a kind differ in shape.
+    Freeze the model, wrap its targets in place, put the pools into model.adapter. ValueError for
+    a bad target or dropout, unless 1 <= k < rank <= min(in, out), or where modules of a kind differ
+    in shape.
     """
-    model.requires_grad_(False)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout}, expected 0 <= dropout < 1")
     alpha = 2 * rank if alpha is None else alpha
     found, groups = find(model, targets), {}
     for name, base in found.items():
@@ -112,6 +114,7 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=1):
             raise ValueError(f"{name} is {tuple(base.weight.shape)}, others of its kind "
                              f"{tuple(first.weight.shape)}: they cannot share a pool")
         groups[kind(name)][1].append(name)
+    model.requires_grad_(False)
     model.adapter = Owner({key: Pool(k * len(names), base)
                            for key, (base, names) in groups.items()})
     for name, base in found.items():

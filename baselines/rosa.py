@@ -110,15 +110,17 @@ def find(model, targets):
 def inject(model, targets, rank, alpha=None, dropout=0.0):
     """
     Freeze the model, wrap its targets in place; base.weight becomes W_fixed. ValueError for an
-    alpha (RoSA has no scale), or unless 1 <= rank <= min(in, out).
+    alpha (RoSA has no scale), a bad target or dropout, or unless 1 <= rank <= min(in, out).
     """
     if alpha is not None:
         raise ValueError("RoSA has no alpha: its factors hold singular values, unscaled")
-    model.requires_grad_(False)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout}, expected 0 <= dropout < 1")
     found = find(model, targets)
     for name, base in found.items():
         if not 1 <= rank <= min(base.weight.shape):
             raise ValueError(f"rank {rank} for {name}, expected 1 to {min(base.weight.shape)}")
+    model.requires_grad_(False)
     for name, base in found.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, RoSALinear(base, rank, dropout))

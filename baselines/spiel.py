@@ -197,12 +197,12 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, density=0.0, resele
     if not 0 < accumulation_steps < reselection_steps:
         raise ValueError(f"accumulation_steps {accumulation_steps}, expected 1 to "
                          f"reselection_steps - 1 = {reselection_steps - 1}")
-    model.requires_grad_(False)
     found = find(model, targets)
     for name, base in found.items():
         if not 1 <= rank <= min(base.weight.shape):
             raise ValueError(f"rank {rank} for {name}, expected 1 to {min(base.weight.shape)}")
     schedule = reselection_steps, accumulation_steps, reselection_rate
+    model.requires_grad_(False)
     for name, base in found.items():
         parent, _, leaf = name.rpartition(".")
         size = base.weight.numel()
