@@ -52,7 +52,8 @@ def test_a_classifier_head_travels_with_the_adapter(tmp_path):
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p)
-    checkpoint.save_adapter(tmp_path / "a", model, dict(RECORD, targets=M.targets_of(model, "attention"), alpha=None))
+    record = dict(RECORD, targets=M.targets_of(model, "attention"), alpha=None)
+    checkpoint.save_adapter(tmp_path / "a", model, record)
     other, ids = M.load(tmp_path / "base", num_labels=3), torch.randint(3, 97, (2, 9))
     checkpoint.load_adapter(other, tmp_path / "a")
     assert torch.equal(other(ids), model(ids))
@@ -61,13 +62,15 @@ def test_a_classifier_head_travels_with_the_adapter(tmp_path):
     checkpoint.save_merged(tmp_path / "merged", model, tmp_path / "base")
     theirs = tf.RobertaForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
-        torch.testing.assert_close(theirs(ids, attention_mask=torch.ones_like(ids)).logits, model(ids), rtol=1e-4, atol=1e-4)
+        logits = theirs(ids, attention_mask=torch.ones_like(ids)).logits
+        torch.testing.assert_close(logits, model(ids), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dialect", ["new", "old"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_merged_directory_is_loaded_by_transformers(tied, dialect, tmp_path, tiny):
-    hf = tf.Qwen2ForCausalLM(tf.Qwen2Config(**SMALL, num_key_value_heads=2, tie_word_embeddings=tied, dtype="bfloat16"))
+    hf = tf.Qwen2ForCausalLM(tf.Qwen2Config(
+        **SMALL, num_key_value_heads=2, tie_word_embeddings=tied, dtype="bfloat16"))
     saved(tmp_path / "base", hf)
     if dialect == "old":
         old_dialect(tmp_path / "base")
@@ -92,7 +95,8 @@ def test_a_merged_directory_is_loaded_by_transformers(tied, dialect, tmp_path, t
     base, merged = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("base", "m"))
     key = "torch_dtype" if dialect == "old" else "dtype"
     assert merged == dict(base, **{key: "float32"})
-    assert (tmp_path / "m" / "tokenizer.json").read_bytes() == (tmp_path / "base" / "tokenizer.json").read_bytes()
+    tokenizers = [(tmp_path / d / "tokenizer.json").read_bytes() for d in ("base", "m")]
+    assert tokenizers[0] == tokenizers[1]
     assert ("lm_head.weight" in load_file(tmp_path / "m" / "model.safetensors")) == (not tied)
 
 
@@ -120,7 +124,8 @@ def test_a_directory_appears_whole_or_stays_as_it_was(tmp_path):
     assert (tmp_path / "a" / "x").read_text() == "1" and [p.name for p in tmp_path.iterdir()] == ["a"]
     with checkpoint.new_directory(tmp_path / "a") as part:
         (part / "y").write_text("3")
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["y"] and [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["y"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_an_empty_adapter_is_not_written(tiny, tmp_path):
@@ -139,12 +144,17 @@ def edit(directory, change):
 KEY = "model.layers.1.self_attn.q_proj.lora_A"
 BAD = {
     "no directory": (lambda d: shutil.rmtree(d), r"adapter_config\.json: No such file"),
-    "no tensors": (lambda d: (d / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors: not a whole"),
-    "truncated": (lambda d: (d / "adapter_model.safetensors").write_bytes(b"12345678"), r"adapter_model\.safetensors: not a whole"),
-    "no method": (lambda d: (d / "adapter_config.json").write_text("{}"), r"adapter_config\.json: no 'method'"),
-    "unknown method": (lambda d: (d / "adapter_config.json").write_text(json.dumps(dict(RECORD, method="x"))), r"method 'x'"),
+    "no tensors": (lambda d: (d / "adapter_model.safetensors").unlink(),
+                   r"adapter_model\.safetensors: not a whole"),
+    "truncated": (lambda d: (d / "adapter_model.safetensors").write_bytes(b"12345678"),
+                  r"adapter_model\.safetensors: not a whole"),
+    "no method": (lambda d: (d / "adapter_config.json").write_text("{}"),
+                  r"adapter_config\.json: no 'method'"),
+    "unknown method": (lambda d: (d / "adapter_config.json").write_text(json.dumps(dict(RECORD, method="x"))),
+                       r"method 'x'"),
     "a tensor too few": (lambda d: edit(d, lambda t: t.pop(KEY)), rf"tensor {KEY} is missing"),
-    "a tensor too many": (lambda d: edit(d, lambda t: t.update({"lora_z": torch.ones(2)})), r"tensor lora_z is not part of"),
+    "a tensor too many": (lambda d: edit(d, lambda t: t.update({"lora_z": torch.ones(2)})),
+                          r"tensor lora_z is not part of"),
     "another shape": (lambda d: edit(d, lambda t: t.update({KEY: torch.ones(2, 3)})),
                       rf"tensor {KEY} has shape \(2, 3\), the model expects \(2, 128\)"),
 }
