@@ -1,19 +1,20 @@
 """
 Runs generated code against tests: run(program, tests, names) -> "passed", or one line that says why not.
 
-Two processes of one fresh interpreter: the judge, which holds the tests, and its fork, which runs the program and never
-sees them. The tests call the program's functions of the given names alone; a call crosses a pipe as plain data (numbers,
-strings, lists, tuples, sets, dicts), so that a result compares as what it is. After the last test the judge prints a
-random nonce, which it reads after the fork: nothing else is a pass.
+Two processes of one fresh interpreter: the judge, which holds the tests, and its fork, which runs the program
+and never sees them. The tests call the program's functions of the given names alone; a call crosses a pipe as
+plain data (numbers, strings, lists, tuples, sets, dicts), so that a result compares as what it is. After the
+last test the judge prints a random nonce, which it reads after the fork: nothing else is a pass.
 
-Covered: endless loops (wall clock, CPU limit), endless output (it goes nowhere), recursion, any exit, 10 GB allocations,
-large files, many descriptors or processes (limits), walking frames for the nonce, printing it, objects with an own __eq__,
-a closed stdout, our environment (scrubbed). A hook ends the program, and says so, where it writes outside of its directory,
-reads /proc, starts or signals a process, opens a socket or calls C. At the end the whole group is killed. Started by root,
-the program runs as user 65534, which may read every file.
-Not covered: a program that takes the hook apart (it is Python in the program's own process), many small files, attacks on
-CPython. This is not a security boundary: code that you have reason to fear belongs into a container. Linux; macOS as an
-ordinary user, without the limit on memory and the end of orphans.
+Covered: endless loops (wall clock, CPU limit), endless output (it goes nowhere), recursion, any exit, 10 GB
+allocations, large files, many descriptors or processes (limits), walking frames for the nonce, printing it,
+objects with an own __eq__, a closed stdout, our environment (scrubbed). A hook ends the program, and says so,
+where it writes outside of its directory, reads /proc, starts or signals a process, opens a socket or calls C.
+At the end the whole group is killed. Started by root, the program runs as user 65534, which may read every
+file.
+Not covered: a program that takes the hook apart (it is Python in the program's own process), many small
+files, attacks on CPython. This is not a security boundary: code that you have reason to fear belongs into a
+container. Linux; macOS as an ordinary user, without the limit on memory and the end of orphans.
 """
 import builtins
 import contextlib
@@ -42,8 +43,8 @@ UNSEEN = ("mkfifo", "mknod", "pidfd_open"), ("_posixshmem", "_multiprocessing", 
 
 def run(program, tests, names, timeout=20.0):
     """
-    program, tests: Python source; names: the functions that the tests call; timeout: seconds of wall clock for both.
-    "passed" if every test statement ran. RuntimeError where root cannot hand over to another user.
+    program, tests: Python source; names: the functions that the tests call; timeout: seconds of wall clock
+    for both. "passed" if every test statement ran. RuntimeError where root cannot hand over to another user.
     """
     if os.getuid() == 0 and not can_change_user():
         raise RuntimeError(f"root cannot become user {NOBODY} here: "
@@ -63,7 +64,7 @@ def run(program, tests, names, timeout=20.0):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(judge.pid, signal.SIGKILL)
         judge.communicate()
-        subprocess.run(["rm", "-rf", folder])           # shutil.rmtree recurses, a program's folders may be deep
+        subprocess.run(["rm", "-rf", folder])       # shutil.rmtree recurses, a program's folders may be deep
     if said == nonce:
         return "passed"
     return said.decode(errors="replace").replace("\n", " ") or "the judge was killed"
@@ -77,8 +78,8 @@ def can_change_user():
 
 def plain(value):
     """
-    value in built-in types, a subclass as its base; other iterables as (..., items), other objects as `...` or
-    False.
+    value in built-in types, a subclass as its base; other iterables as (..., items), other objects as `...`
+    or False.
     """
     value = value.tolist() if hasattr(value, "tolist") else value   # NumPy's
     for kind in (bool, int, float, complex, str, bytes):
@@ -94,7 +95,7 @@ def plain(value):
     return value if value is None else bool(value) and ...          # `...` equals nothing
 
 
-# ------------------------------------------------------------------------------------ in the fresh interpreter
+# ----------------------------------------------------------------------------------- in the fresh interpreter
 
 def judge(timeout):
     for name, value in (LIMITS | dict(CPU=int(timeout) + 1)).items():
@@ -109,7 +110,7 @@ def judge(timeout):
     def call(name, *args, **kwargs):
         ours.send_bytes(marshal.dumps((name, plain(args), plain(kwargs))))
         done, value = marshal.loads(ours.recv_bytes(MESSAGE_BYTES))
-        if not done:                            # an exception of the program's: raised as the built-in one of its name
+        if not done:                    # an exception of the program's: raised as the built-in of its name
             kind = getattr(builtins, value[0], None)
             raise (kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError)(value[1])
         return iter(value[1]) if isinstance(value, tuple) and value[:1] == (...,) else value
@@ -126,7 +127,7 @@ def judge(timeout):
 
 
 def execute(pipe):
-    """The program's side: runs what the first call, without a name, brings; answers the others until the end."""
+    """The program's side: runs what a first, nameless call brings; answers others until the pipe closes."""
     nowhere, folder = os.open(os.devnull, os.O_RDWR), os.getcwd()
     module, libc = types.ModuleType("program"), ctypes.CDLL(None)
     for fd in range(3):
@@ -152,8 +153,8 @@ def execute(pipe):
             if isinstance(path, (str, bytes, os.PathLike)):
                 path = os.path.realpath(os.fsdecode(path))
                 outside = not path.startswith(folder + os.sep) and path != os.devnull
-                reaching = writing or os.path.isdir(path)               # of a folder, dir_fd leads anywhere
-                if path.startswith("/proc/") or outside and reaching:
+                # a folder is refused for reading, too: by dir_fd it leads anywhere
+                if path.startswith("/proc/") or outside and (writing or os.path.isdir(path)):
                     what = f"{event} {path}"
         if what:
             pipe.send_bytes(marshal.dumps((False, ("PermissionError", f"forbidden: {what}"))))
@@ -163,8 +164,11 @@ def execute(pipe):
     while True:
         try:
             name, args, kwargs = marshal.loads(pipe.recv_bytes())
-            run = vars(module)[name] if name else lambda text: exec(compile(text, "program", "exec"), vars(module))
-            answer = marshal.dumps((True, plain(run(*args, **kwargs))))
+            if name:
+                value = vars(module)[name](*args, **kwargs)
+            else:
+                value = exec(compile(args[0], "program", "exec"), vars(module))
+            answer = marshal.dumps((True, plain(value)))
         except BaseException as error:
             answer = marshal.dumps((False, (type(error).__name__, str(error)[:300])))
         pipe.send_bytes(answer)                             # BrokenPipeError where the judge has ended
