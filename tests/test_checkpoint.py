@@ -14,6 +14,12 @@ tf = pytest.importorskip("transformers")
 RECORD = dict(method="lora", targets=["q_proj"], rank=2, alpha=3.0, dropout=0.0, own={})
 
 
+def assert_rounding_only(y, z):
+    """y and z are one fp32 model's outputs, computed twice: they differ by some eps of the largest."""
+    atol = 64 * torch.finfo(torch.float32).eps * z.abs().max().item()
+    torch.testing.assert_close(y, z, rtol=0, atol=atol)
+
+
 @pytest.fixture
 def adapter(tiny, tmp_path):
     model = M.load(tiny)
@@ -21,7 +27,7 @@ def adapter(tiny, tmp_path):
     lora.inject(model, ("q_proj",), 2, 3.0)
     for p in model.parameters():
         if p.requires_grad:
-            torch.nn.init.normal_(p)
+            torch.nn.init.normal_(p, 0, 0.3)    # 1 would make attention so sharp that it enlarges rounding
     checkpoint.save_adapter(tmp_path / "a", model, RECORD)
     return model, tmp_path / "a"
 
@@ -33,8 +39,10 @@ def test_an_adapter_comes_back_with_its_settings(adapter, tiny):
     assert record == RECORD and other.model.layers[0].self_attn.q_proj.scaling == 1.5
     assert set(load_file(directory / "adapter_model.safetensors")) == {
         f"model.layers.{i}.self_attn.q_proj.lora_{x}" for i in range(4) for x in "AB"}
+    found = other.state_dict()
+    assert all(torch.equal(found[name], t) for name, t in checkpoint.adapter_tensors(model).items())
     ids = torch.randint(400, (1, 9))
-    assert torch.equal(other(ids), model(ids))
+    assert_rounding_only(other(ids), model(ids))
 
 
 def test_buffers_of_the_adapter_are_saved_and_others_are_not(tiny, tmp_path):
@@ -56,7 +64,9 @@ def test_a_classifier_head_travels_with_the_adapter(tmp_path):
     checkpoint.save_adapter(tmp_path / "a", model, record)
     other, ids = M.load(tmp_path / "base", num_labels=3), torch.randint(3, 97, (2, 9))
     checkpoint.load_adapter(other, tmp_path / "a")
-    assert torch.equal(other(ids), model(ids))
+    found = other.state_dict()
+    assert all(torch.equal(found[name], t) for name, t in checkpoint.adapter_tensors(model).items())
+    assert_rounding_only(other(ids), model(ids))
     # merged, it is a sequence classifier for transformers, with three labels
     lora.merge(model)
     checkpoint.save_merged(tmp_path / "merged", model, tmp_path / "base")
@@ -106,8 +116,9 @@ def test_large_models_are_written_in_shards(tmp_path, tiny, monkeypatch):
     checkpoint.save_merged(tmp_path / "m", model, tiny)
     files = sorted(f.name for f in (tmp_path / "m").glob("*.safetensors"))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
-    ids = torch.randint(400, (1, 9))
-    assert torch.equal(M.load(tmp_path / "m")(ids), model(ids))
+    other, ids = M.load(tmp_path / "m"), torch.randint(400, (1, 9))
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in other.state_dict().items())
+    assert_rounding_only(other(ids), model(ids))
     with torch.no_grad():
         theirs = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
         torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=1e-4, atol=1e-4)

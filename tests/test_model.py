@@ -28,6 +28,8 @@ DECODERS = {
         **SMALL, num_key_value_heads=2, tie_word_embeddings=True)),
     "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16)),
 }
+# Of float64 models: rotary tables are fp32, and the last bit of a cosine may depend on its place in one.
+ONE_ULP = dict(rtol=1e-6, atol=1e-6)
 
 
 def randomize(hf):
@@ -93,16 +95,16 @@ def test_packed_is_one_by_one_is_a_block_diagonal_mask(tmp_path):
     ids = torch.randint(97, (sum(lengths),))
     packed = ours(ids, lengths)
     one_by_one = torch.cat([ours(part[None])[0] for part in ids.split(lengths)])
-    torch.testing.assert_close(packed, one_by_one)
+    torch.testing.assert_close(packed, one_by_one, **ONE_ULP)
     keep = torch.tensor([3, 8, 24])
-    torch.testing.assert_close(ours(ids, lengths, keep=keep), one_by_one[keep])
+    torch.testing.assert_close(ours(ids, lengths, keep=keep), one_by_one[keep], **ONE_ULP)
     # the dense reference: one row, one mask, positions that restart
     block = torch.block_diag(*[torch.ones(t, t).tril() for t in lengths]).bool()
     x = ours.model.embed_tokens(ids)[None]
     rope = M.rope_table(ours.cfg, torch.cat([torch.arange(t) for t in lengths]))
     for layer in ours.model.layers:
         x = layer(x, rope, mask=block[None, None])
-    torch.testing.assert_close(packed, ours.lm_head(ours.model.norm(x))[0])
+    torch.testing.assert_close(packed, ours.lm_head(ours.model.norm(x))[0], **ONE_ULP)
 
 
 def test_left_padding_changes_nothing_and_is_never_nan(tmp_path):
@@ -113,7 +115,7 @@ def test_left_padding_changes_nothing_and_is_never_nan(tmp_path):
     real = torch.arange(pads + 9)[None] >= pads
     logits = ours(padded, real=real)
     assert logits.isfinite().all()
-    torch.testing.assert_close(logits[:, pads:], ours(row))
+    torch.testing.assert_close(logits[:, pads:], ours(row), **ONE_ULP)
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
@@ -124,7 +126,7 @@ def test_cached_is_uncached(name, tmp_path):
     for t in (5, 1, 1, 4, 3):       # chunks after the first see the past and the past only
         got.append(ours(ids[:, past:past + t], cache=cache, past=past))
         past += t
-    torch.testing.assert_close(torch.cat(got, 1), ours(ids))
+    torch.testing.assert_close(torch.cat(got, 1), ours(ids), **ONE_ULP)
 
 
 def test_checkpointing_changes_memory_not_gradients(tmp_path):
@@ -173,9 +175,9 @@ def test_roberta_counts_its_positions_from_the_pad(tmp_path):
 def test_roberta_dropout_acts_in_training_only(tmp_path):
     saved(tmp_path, roberta())
     ours, ids = M.load(tmp_path), torch.randint(3, 97, (4, 9))
-    assert torch.equal(ours(ids), ours(ids))
+    torch.testing.assert_close(ours(ids), ours(ids))
     ours.train()
-    assert not torch.equal(ours(ids), ours(ids))
+    assert not torch.allclose(ours(ids), ours(ids), atol=1e-3)      # far more than rounding
 
 
 def test_a_pretrained_roberta_gets_a_fresh_head_and_leaves_its_lm_head(tmp_path):
