@@ -73,14 +73,21 @@ def uneven(tokenizer):
     return train.encode(tokenizer, rows, 512)[0]
 
 
+FLOAT32 = 1e-5      # losses are float32 in a float64 model too: an ulp of its largest logits, 27, is 2e-6
+
+
+def assert_same_gradient(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=FLOAT32 * want.abs().max().item())
+
+
 def test_accumulation_is_normalised_by_supervised_tokens(tiny, tokenizer):
     model, examples = injected(tiny), uneven(tokenizer)
     loss, want, seen = gradient(model, examples, 8)
     assert seen == sum(len(ids) for ids, _ in examples)
     for micro in (1, 2, 3):             # 3 leaves a smaller last micro-batch
         again, got, _ = gradient(model, examples, micro)
-        assert again == pytest.approx(loss)
-        torch.testing.assert_close(got, want)
+        assert again == pytest.approx(loss, rel=FLOAT32)
+        assert_same_gradient(got, want)
 
 
 def test_the_loss_is_the_mean_over_answer_tokens_and_their_eos(tiny, tokenizer):
@@ -90,7 +97,8 @@ def test_the_loss_is_the_mean_over_answer_tokens_and_their_eos(tiny, tokenizer):
         logits = model(torch.tensor([ids]))[0]
         losses += [F.cross_entropy(logits[t - 1], torch.tensor(ids[t])) for t in range(start, len(ids))]
     assert ids[-1] in tokenizer.eos
-    assert gradient(model, examples, 8)[0] == pytest.approx(torch.stack(losses).mean().item())
+    want = torch.stack(losses).mean().item()
+    assert gradient(model, examples, 8)[0] == pytest.approx(want, rel=FLOAT32)
 
 
 def test_checkpointing_and_compile_free_gradients_agree(tiny, tokenizer):
@@ -99,7 +107,7 @@ def test_checkpointing_and_compile_free_gradients_agree(tiny, tokenizer):
     _, want, _ = gradient(model, examples, 8)
     model.checkpointing = True
     torch.manual_seed(1)                # the same dropout masks, drawn again in backward
-    torch.testing.assert_close(gradient(model, examples, 8)[1], want)
+    assert_same_gradient(gradient(model, examples, 8)[1], want)
 
 
 # ------------------------------------------------------------------------------------ examples
@@ -227,7 +235,9 @@ def test_the_same_seed_gives_the_same_run_another_another(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(*FAST, "--seed", seed, "--no-eval_before", out=tmp_path / name)
         losses[name] = [line["loss"] for line in metrics(tmp_path / name)]
-    assert losses["a"] == losses["b"] != losses["c"]
+    # rounding alone, of float32 losses after three steps, against another order of the data
+    assert losses["a"] == pytest.approx(losses["b"], rel=1e-4)
+    assert losses["a"] != pytest.approx(losses["c"], rel=1e-2)
 
 
 def test_the_micro_batch_size_changes_memory_not_the_run(tmp_path):
