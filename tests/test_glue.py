@@ -124,8 +124,8 @@ def run(*flags, out):
 
 def test_a_classifier_learns_and_its_head_is_saved_merged_and_reloaded(roberta, data, tmp_path, capsys):
     summary = run("--model", roberta, "--data", data, "--task", "sst2", "--method", "lora", "--rank", 4,
-                  "--batch_size", 16, "--micro_batch_size", 8, "--max_steps", 75, "--lr", "5e-3",
-                  "--log_every", 25, "--merge", out=tmp_path / "run")
+                  "--batch_size", 16, "--micro_batch_size", 8, "--max_steps", 150, "--lr", "3e-3",
+                  "--log_every", 50, "--merge", out=tmp_path / "run")
     printed = capsys.readouterr().out
     assert summary["after"]["sst2"] >= 0.95 > 0.7 > summary["before"]["sst2"] and summary["loss_after"] < 0.3
     assert "majority" in summary and "before_accuracy" not in summary
@@ -140,7 +140,8 @@ def test_a_classifier_learns_and_its_head_is_saved_merged_and_reloaded(roberta, 
     results = [E.evaluate(net, tok, glue, rows) for net in (adapted, merged)]
     for result in results:
         assert result["accuracy"] == summary["after"]["sst2"]
-        assert result["loss"] == pytest.approx(summary["loss_after"], rel=1e-4)
+        # rounding is absolute here: a small loss is the difference of float32 logits of about 5
+        assert result["loss"] == pytest.approx(summary["loss_after"], rel=1e-4, abs=1e-5)
     tf = pytest.importorskip("transformers")
     theirs = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "merged").eval()
     ids = torch.tensor([tok.pair("fine plot", "dull")])
