@@ -11,7 +11,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 def pytest_addoption(parser):
     parser.addoption("--seed-shift", type=int, default=0, metavar="N",
-                     help="add N to every seed given to torch: a bound that holds for one draw only turns red")
+                     help="add N to every seed given to torch: a bound for one draw only turns red")
 
 
 def pytest_configure(config):
@@ -44,8 +44,9 @@ def tiny():
 
 
 def decoder(kind, hidden, inter, layers, heads, kv, vocab, head_dim=None):
-    return dict(model_type=kind, hidden_size=hidden, intermediate_size=inter, num_hidden_layers=layers, head_dim=head_dim,
-                num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocab, rms_norm_eps=1e-5, rope_theta=1e4)
+    return dict(model_type=kind, hidden_size=hidden, intermediate_size=inter, num_hidden_layers=layers,
+                head_dim=head_dim, num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocab,
+                rms_norm_eps=1e-5, rope_theta=1e4)
 
 
 PUBLISHED = {   # shapes of released models, as their config.json has them
@@ -55,9 +56,10 @@ PUBLISHED = {   # shapes of released models, as their config.json has them
     "LLaMA-3.2-3B": decoder("llama", 3072, 8192, 28, 24, 8, 128256, head_dim=128),
     "Qwen2.5-1.5B": decoder("qwen2", 1536, 8960, 28, 12, 2, 151936),
     "Qwen2.5-3B": decoder("qwen2", 2048, 11008, 36, 16, 2, 151936),
-    "RoBERTa-large": dict(model_type="roberta", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-                          num_attention_heads=16, vocab_size=50265, max_position_embeddings=514, type_vocab_size=1,
-                          layer_norm_eps=1e-5, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, pad_token_id=1),
+    "RoBERTa-large": dict(model_type="roberta", hidden_size=1024, intermediate_size=4096, vocab_size=50265,
+                          num_hidden_layers=24, num_attention_heads=16, max_position_embeddings=514,
+                          type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1,
+                          hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1),
 }
 
 

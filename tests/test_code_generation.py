@@ -10,17 +10,21 @@ from data import code_generation as task
 from data import sandbox
 
 PROBLEM = {"task_id": "T/0", "entry_point": "add", "canonical_solution": "    return a + b\n",
-           "prompt": 'import math\n\n\ndef add(a: int,\n        b: int) -> int:\n    """ Add them.\n      Twice:\n    >>> add(1, 2)\n    3\n    """\n',
+           "prompt": 'import math\n\n\ndef add(a: int,\n        b: int) -> int:\n'
+                     '    """ Add them.\n      Twice:\n    >>> add(1, 2)\n    3\n    """\n',
            "test": "def check(candidate):\n    assert candidate(1, 2) == 3"}
-SANITIZED = {"task_id": 11, "prompt": "Write a function to add.", "code": "def add(a, b):\r\n  return a + b", "test_imports": ["import math"],
+SANITIZED = {"task_id": 11, "prompt": "Write a function to add.", "code": "def add(a, b):\r\n  return a + b",
+             "test_imports": ["import math"],
              "test_list": ["assert add(1, 2) == 3", "assert math.isclose(add(0.5, 0.5), 1)"]}
 
 
 def test_humaneval_opens_the_response_with_the_signature_and_keeps_its_newline():
     row = task.humaneval(PROBLEM)
-    assert row["instruction"] == ("Write a Python function `add(a: int,\n        b: int) -> int` to solve the following problem:\n"
-                                  "Add them.\n  Twice:\n>>> add(1, 2)\n3")
-    assert row["prefix"] == PROBLEM["prompt"] and row["prefix"].endswith('"""\n') and row["tests"].endswith("== 3\ncheck(add)")
+    assert row["instruction"] == (
+        "Write a Python function `add(a: int,\n        b: int) -> int` to solve the following problem:\n"
+        "Add them.\n  Twice:\n>>> add(1, 2)\n3")
+    assert row["prefix"] == PROBLEM["prompt"] and row["prefix"].endswith('"""\n')
+    assert row["tests"].endswith("== 3\ncheck(add)")
     assert task.program(row["output"], row) == PROBLEM["prompt"] + "    return a + b\n"
     with pytest.raises(ValueError, match="T/0: no signature or docstring in the prompt"):
         task.humaneval(dict(PROBLEM, prompt="def add(a, b):\n"))
@@ -28,20 +32,31 @@ def test_humaneval_opens_the_response_with_the_signature_and_keeps_its_newline()
 
 def test_mbpp_shows_its_first_test_alone():
     row = task.mbpp(SANITIZED)
-    assert row["instruction"] == "Write a function to add.\nYour code should pass this test:\nassert add(1, 2) == 3"
-    assert row["prefix"] == "" and row["tests"] == "import math\nassert add(1, 2) == 3\nassert math.isclose(add(0.5, 0.5), 1)"
+    assert row["instruction"] == (
+        "Write a function to add.\nYour code should pass this test:\nassert add(1, 2) == 3")
+    assert row["prefix"] == ""
+    assert row["tests"] == "import math\nassert add(1, 2) == 3\nassert math.isclose(add(0.5, 0.5), 1)"
     assert "\r" not in row["output"] and row["names"] == ["add"]
-    assert task.humaneval(dict(PROBLEM, prompt="def help(x):\n    pass\n\n" + PROBLEM["prompt"]))["names"] == ["help", "add", "add"]
+    two = dict(PROBLEM, prompt="def help(x):\n    pass\n\n" + PROBLEM["prompt"])
+    assert task.humaneval(two)["names"] == ["help", "add", "add"]
 
 
 # completion -> what of it belongs to the program
-HUMANEVAL = {"    return 1\n": "    return 1\n", "    return 1\n\n\ndef other():\n    pass": "    return 1\n\n", "    return 1\n# so": "    return 1",
-             "    return 1\n\n    # in\n    x\nprint(add(1))": "    return 1\n\n    # in\n    x", "    a = 1\n@x": "    a = 1", "return 1": "",
-             "    if x:\n        y\nif z:": "    if x:\n        y", "    return 1<|endoftext|>x": "    return 1", "    return 1<|eot_id|>": "    return 1",
-             "    s = '\\n'\n    return s\nassert x": "    s = '\\n'\n    return s", "\n    return 1\nclass A": "\n    return 1", "": ""}
-MBPP = {"def f():\n  return 1\n\nprint(f())": "def f():\n  return 1\n", "import re\ndef g(): pass\n\ndef f():\n  return g()\nassert f()": "import re\ndef g(): pass\n\ndef f():\n  return g()",
-        "```python\ndef f(): pass\n```\nIt does nothing.": "def f(): pass\n", "Here it is:\n```python\ndef f(): pass\n\nx = 1\n```\nDone.": "def f(): pass\n\nx = 1\n", "def f(): pass\nif x:": "def f(): pass", "def f(): pass\n\"\"\"x": "def f(): pass",
-        "def f(): pass\nclass A:": "def f(): pass", "def f(): pass\n<|im_end|>": "def f(): pass", "x = 1\n# y\nz = 2": "x = 1\n# y\nz = 2"}
+HUMANEVAL = {
+    "    return 1\n": "    return 1\n", "    return 1\n\n\ndef other():\n    pass": "    return 1\n\n",
+    "    return 1\n# so": "    return 1", "    a = 1\n@x": "    a = 1", "return 1": "", "": "",
+    "    return 1\n\n    # in\n    x\nprint(add(1))": "    return 1\n\n    # in\n    x",
+    "    if x:\n        y\nif z:": "    if x:\n        y", "\n    return 1\nclass A": "\n    return 1",
+    "    return 1<|endoftext|>x": "    return 1", "    return 1<|eot_id|>": "    return 1",
+    "    s = '\\n'\n    return s\nassert x": "    s = '\\n'\n    return s"}
+MBPP = {
+    "def f():\n  return 1\n\nprint(f())": "def f():\n  return 1\n", "x = 1\n# y\nz = 2": "x = 1\n# y\nz = 2",
+    "import re\ndef g(): pass\n\ndef f():\n  return g()\nassert f()":
+        "import re\ndef g(): pass\n\ndef f():\n  return g()",
+    "```python\ndef f(): pass\n```\nIt does nothing.": "def f(): pass\n",
+    "Here it is:\n```python\ndef f(): pass\n\nx = 1\n```\nDone.": "def f(): pass\n\nx = 1\n",
+    "def f(): pass\nif x:": "def f(): pass", "def f(): pass\n\"\"\"x": "def f(): pass",
+    "def f(): pass\nclass A:": "def f(): pass", "def f(): pass\n<|im_end|>": "def f(): pass"}
 
 
 @pytest.mark.parametrize("completion", HUMANEVAL)
@@ -63,17 +78,21 @@ def test_pass_at_k_is_the_chance_that_k_of_the_n_hold_a_right_one(n, c):
 
 
 def test_pass_at_k_by_hand():
-    assert task.pass_at_k(10, 3, 1) == pytest.approx(0.3) and task.pass_at_k(10, 3, 5) == pytest.approx(1 - 21 / 252)
+    assert task.pass_at_k(10, 3, 1) == pytest.approx(0.3)
+    assert task.pass_at_k(10, 3, 5) == pytest.approx(1 - 21 / 252)
     assert task.pass_at_k(50, 1, 10) == pytest.approx(0.2) and math.isclose(task.pass_at_k(200, 100, 100), 1)
 
 
 def test_samples_are_grouped_by_problem_and_every_verdict_is_kept(monkeypatch):
-    monkeypatch.setattr(sandbox, "run", lambda program, tests, names, timeout: "passed" if "right" in program else "AssertionError: ")
+    verdict = lambda program, tests, names, timeout: "passed" if "right" in program else "AssertionError: "
+    monkeypatch.setattr(sandbox, "run", verdict)
     rows = [row for i in range(3) for row in [dict(task.humaneval(PROBLEM), task_id=i)] * 5]
-    outputs = ["    right", "    wrong", "    wrong", "    wrong", "    wrong"] + ["    right"] * 5 + ["    wrong"] * 5
+    right, wrong = "    right", "    wrong"
+    outputs = [right, wrong, wrong, wrong, wrong] + [right] * 5 + [wrong] * 5
     got = task.score(outputs, rows)
-    assert got["pass@1"] == pytest.approx((0.2 + 1 + 0) / 3) and got["pass@5"] == pytest.approx(2 / 3) and "pass@10" not in got
-    assert got["correct"] == ["right" in output for output in outputs] and got["extracted"][1] == "AssertionError: "
+    assert got["pass@1"] == pytest.approx((0.2 + 1 + 0) / 3) and got["pass@5"] == pytest.approx(2 / 3)
+    assert "pass@10" not in got and got["extracted"][1] == "AssertionError: "
+    assert got["correct"] == ["right" in output for output in outputs]
 
 
 def test_scoring_runs_the_programs():
@@ -85,7 +104,8 @@ def test_scoring_runs_the_programs():
 @pytest.mark.parametrize("name, text, count", [
     ("code/codealpaca_20k.json", json.dumps([dict(instruction="a", input="", output="b")] * 3), 3),
     ("code_alpaca_20k.json", json.dumps([dict(instruction="a", input="", output="b")]), 1),
-    ("code/data-evol_instruct-decontaminated.jsonl", '{"instruction": "a", "response": "b"}\n{"instruction": "c", "response": "d"}', 2)])
+    ("code/data-evol_instruct-decontaminated.jsonl",
+     '{"instruction": "a", "response": "b"}\n{"instruction": "c", "response": "d"}', 2)])
 def test_training_rows_of_codealpaca_and_magicoder(name, text, count, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(text, encoding="utf-8")
@@ -93,31 +113,39 @@ def test_training_rows_of_codealpaca_and_magicoder(name, text, count, tmp_path):
     assert len(rows) == count and rows[0]["output"] == "b"
     with pytest.raises(ValueError, match="humaneval has no training rows: train on code"):
         task.rows(tmp_path, "humaneval", "train")
-    with pytest.raises(FileNotFoundError, match="found none of code/humaneval.jsonl, humaneval.jsonl, HumanEval.jsonl"):
+    found = "found none of code/humaneval.jsonl, humaneval.jsonl, HumanEval.jsonl"
+    with pytest.raises(FileNotFoundError, match=found):
         task.rows(tmp_path, "humaneval", "test")
 
 
 def test_a_training_row_without_an_answer_is_named(tmp_path):
-    (tmp_path / "codealpaca_20k.json").write_text(json.dumps([dict(instruction="a", output="b"), dict(instruction="a")]))
+    rows = [dict(instruction="a", output="b"), dict(instruction="a")]
+    (tmp_path / "codealpaca_20k.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match="training row 2 has no text in 'output' or 'response'"):
         task.rows(tmp_path, "code", "train")
 
 
 def test_the_shared_files(shared_data):
     sizes = {name: len(task.rows(shared_data, name, "test")) for name in task.TASKS}
-    assert sizes == {name: entry["rows"] for name, entry in task.TASKS.items()} == {"humaneval": 164, "humanevalplus": 164, "mbpp": 257}
-    assert len(task.rows(shared_data, "code", "train")) == 20022 and len(task.rows(shared_data, "mbpp", "train")) == 120
+    assert sizes == {name: entry["rows"] for name, entry in task.TASKS.items()}
+    assert sizes == {"humaneval": 164, "humanevalplus": 164, "mbpp": 257}
+    assert len(task.rows(shared_data, "code", "train")) == 20022
+    assert len(task.rows(shared_data, "mbpp", "train")) == 120
     for name in task.TASKS:     # nothing of a reference solution is cut off but blank ends
         for row in task.rows(shared_data, name, "test"):
-            assert task.program(row["output"], row).rstrip() == (row["prefix"] + row["output"]).rstrip(), (name, row["task_id"])
+            kept, whole = task.program(row["output"], row), row["prefix"] + row["output"]
+            assert kept.rstrip() == whole.rstrip(), (name, row["task_id"])
 
 
 def test_training_on_code_scores_only_where_that_is_allowed(tmp_path, tiny, capsys):
-    (tmp_path / "codealpaca_20k.json").write_text(json.dumps([dict(instruction="a", input="", output="b c")] * 4))
+    rows = [dict(instruction="a", input="", output="b c")] * 4
+    (tmp_path / "codealpaca_20k.json").write_text(json.dumps(rows))
     (tmp_path / "humaneval.jsonl").write_text(json.dumps(PROBLEM))
-    flags = ["--model", str(tiny), "--task", "code", "--data", str(tmp_path), "--max_steps", "1", "--no-eval_before", "--out_dir"]
+    flags = ["--model", str(tiny), "--task", "code", "--data", str(tmp_path), "--max_steps", "1",
+             "--no-eval_before", "--out_dir"]
+    after = lambda name: json.loads((tmp_path / name / "summary.json").read_text())["after"]
     train.main([*flags, str(tmp_path / "a")])
-    assert json.loads((tmp_path / "a" / "summary.json").read_text())["after"] == {} and "pass@1 not scored" in capsys.readouterr().out
+    assert after("a") == {} and "pass@1 not scored" in capsys.readouterr().out
     train.main([*flags, str(tmp_path / "b"), "--allow_code_execution"])
-    assert json.loads((tmp_path / "b" / "summary.json").read_text())["after"] == {"mean": 0.0, "humaneval": 0.0}
+    assert after("b") == {"mean": 0.0, "humaneval": 0.0}
     assert "not found: humanevalplus (code/humanevalplus.jsonl, from evalplus" in capsys.readouterr().out

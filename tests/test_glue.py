@@ -1,4 +1,4 @@
-"""GLUE's files as they are, their metrics against scikit-learn, a head that trains, is saved, merged and reloaded."""
+"""GLUE's files as they are, metrics against scikit-learn, a head that trains, is saved, merged, reloaded."""
 import gzip
 import json
 import random
@@ -14,10 +14,12 @@ import train
 from data import glue
 from experiments.small_roberta import make
 
-CASES = {name: ([random.Random(i).randint(0, 1) for i in range(n)], [random.Random(-i - 1).randint(0, 1) for i in range(n)])
+CASES = {name: ([random.Random(i).randint(0, 1) for i in range(n)],
+                [random.Random(-i - 1).randint(0, 1) for i in range(n)])
          for name, n in (("random", 50), ("short", 3))}
-CASES |= {"equal": ([0, 1, 1, 0], [0, 1, 1, 0]), "opposite": ([0, 1, 1, 0], [1, 0, 0, 1]), "all one": ([1, 1, 1], [0, 1, 1]),
-          "all zero": ([0, 0, 0], [0, 1, 1]), "no positive": ([0, 0], [0, 0])}
+CASES |= {"equal": ([0, 1, 1, 0], [0, 1, 1, 0]), "opposite": ([0, 1, 1, 0], [1, 0, 0, 1]),
+          "all one": ([1, 1, 1], [0, 1, 1]), "all zero": ([0, 0, 0], [0, 1, 1]),
+          "no positive": ([0, 0], [0, 0])}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -30,16 +32,22 @@ def test_metrics_are_scikit_learns(name):
     got = glue.score(predicted, rows["mrpc"])
     assert got["f1"] == glue.f1(predicted, labels) and got["accuracy"] == accuracy_score(labels, predicted)
     got = glue.score(predicted, rows["rte"])
-    assert set(got) == {"accuracy", "extracted", "correct", "majority"} and got["majority"] == max(labels.count(0), labels.count(1)) / len(labels)
+    assert set(got) == {"accuracy", "extracted", "correct", "majority"}
+    assert got["majority"] == max(labels.count(0), labels.count(1)) / len(labels)
     assert got["extracted"] == [("entailment", "not_entailment")[o] for o in predicted]
 
 
 TEXTS = {
-    "cola": ('gj04\t1\t\tThe "sailors rode.\ngj04\t0\t*\tHe \'s "it".', "glue/cola/dev.tsv", [('The "sailors rode.', None, 1), ('He \'s "it".', None, 0)]),
-    "sst2": ('sentence\tlabel\na "gem \t1\r\nbad\t0\r\n', "SST-2/dev.tsv", [('a "gem ', None, 1), ("bad", None, 0)]),
-    "mrpc": ('\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t2\t3\t"He said , " a\t"b\n', "MRPC/dev.tsv", [('"He said , " a', '"b', 1)]),
-    "rte": ("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tnot_entailment\n", "glue/rte/dev.tsv", [("a", "b", 1)]),
-    "mnli": ("index\tsentence1\tsentence2\tlabel1\tgold_label\n0\ta\tb\tneutral\tcontradiction\n", "MNLI/dev_matched.tsv", [("a", "b", 2)]),
+    "cola": ('gj04\t1\t\tThe "sailors rode.\ngj04\t0\t*\tHe \'s "it".', "glue/cola/dev.tsv",
+             [('The "sailors rode.', None, 1), ('He \'s "it".', None, 0)]),
+    "sst2": ('sentence\tlabel\na "gem \t1\r\nbad\t0\r\n', "SST-2/dev.tsv",
+             [('a "gem ', None, 1), ("bad", None, 0)]),
+    "mrpc": ('\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t2\t3\t"He said , " a\t"b\n',
+             "MRPC/dev.tsv", [('"He said , " a', '"b', 1)]),
+    "rte": ("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tnot_entailment\n", "glue/rte/dev.tsv",
+            [("a", "b", 1)]),
+    "mnli": ("index\tsentence1\tsentence2\tlabel1\tgold_label\n0\ta\tb\tneutral\tcontradiction\n",
+             "MNLI/dev_matched.tsv", [("a", "b", 2)]),
 }
 
 
@@ -55,8 +63,10 @@ def test_rows_are_read_with_quotes_as_they_stand_and_the_byte_order_mark_dropped
 
 
 @pytest.mark.parametrize("text, message", [
-    ("sentence\tlabel\nfine\t1\nshort\n", "line 3 has 1 columns, expected at least 2"), ("sentence\tlabel\nfine\t2\n", "line 2 has label '2', expected one of 0, 1"),
-    ("text\tlabel\na\t1\n", "line 1 has no column 'sentence', found text, label"), ("sentence\tlabel\n", "no rows|line 2")])
+    ("sentence\tlabel\nfine\t1\nshort\n", "line 3 has 1 columns, expected at least 2"),
+    ("sentence\tlabel\nfine\t2\n", "line 2 has label '2', expected one of 0, 1"),
+    ("text\tlabel\na\t1\n", "line 1 has no column 'sentence', found text, label"),
+    ("sentence\tlabel\n", "no rows|line 2")])
 def test_a_bad_line_is_named(text, message, tmp_path):
     (tmp_path / "SST-2").mkdir()
     (tmp_path / "SST-2" / "dev.tsv").write_text(text, encoding="utf-8")
@@ -69,30 +79,34 @@ def test_a_bad_line_is_named(text, message, tmp_path):
 
 
 def test_the_shared_sets(shared_data):
-    sizes = {name: (len(glue.rows(shared_data, name, "train")), len(glue.rows(shared_data, name, "test"))) for name in ("cola", "sst2", "mrpc", "rte")}
+    count = lambda name: tuple(len(glue.rows(shared_data, name, split)) for split in ("train", "test"))
+    sizes = {name: count(name) for name in ("cola", "sst2", "mrpc", "rte")}
     assert sizes == {"cola": (8551, 1043), "sst2": (67349, 872), "mrpc": (3668, 408), "rte": (2490, 277)}
     assert all(glue.TASKS[name]["rows"] == dev for name, (_, dev) in sizes.items())
 
 
-# ------------------------------------------------------------------------------------ the road: RoBERTa, its head, adapters
+# ------------------------------------------------------------------------------------ RoBERTa, head, adapters
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """SST-2 and MNLI of a few words: good ones make it positive; a pair entails if its second word is the first's."""
+    """SST-2 and MNLI of a few words: good ones make it positive; MNLI's labels are drawn."""
     directory, rng = tmp_path_factory.mktemp("data"), random.Random(0)
-    good, bad, other = ("fine", "great", "lovely"), ("dull", "awful", "poor"), ("film", "plot", "cast", "score", "a very long word salad")
+    good, bad = ("fine", "great", "lovely"), ("dull", "awful", "poor")
+    other = ("film", "plot", "cast", "score", "a very long word salad")
     for split, count in (("train", 400), ("dev", 60)):
         lines = []
         for _ in range(count):
             label = rng.randint(0, 1)
-            lines.append(f"{rng.choice(other)} {rng.choice(good if label else bad)} {rng.choice(other)}\t{label}")
+            words = [rng.choice(some) for some in (other, good if label else bad, other)]
+            lines.append(f"{' '.join(words)}\t{label}")
         file = directory / "glue" / "sst2" / f"{split}.tsv"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("sentence\tlabel\n" + "\n".join(lines) + "\n", encoding="utf-8")
         file = directory / "glue" / "mnli" / f"{split}.tsv"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("sentence1\tsentence2\tgold_label\n" + "".join(
-            f"{rng.choice(good)} {rng.choice(other)}\t{rng.choice(bad)}\t{rng.choice(glue.TASKS['mnli']['labels'])}\n" for _ in range(count)), encoding="utf-8")
+        lines = [f"{rng.choice(good)} {rng.choice(other)}\t{rng.choice(bad)}\t"
+                 f"{rng.choice(glue.TASKS['mnli']['labels'])}\n" for _ in range(count)]
+        file.write_text("sentence1\tsentence2\tgold_label\n" + "".join(lines), encoding="utf-8")
     return directory
 
 
@@ -109,13 +123,15 @@ def run(*flags, out):
 
 
 def test_a_classifier_learns_and_its_head_is_saved_merged_and_reloaded(roberta, data, tmp_path, capsys):
-    common = ["--model", roberta, "--data", data, "--task", "sst2", "--batch_size", 16, "--lr", "5e-3", "--log_every", 25]
-    summary = run(*common, "--method", "lora", "--rank", 4, "--max_steps", 75, "--merge", "--micro_batch_size", 8, out=tmp_path / "run")
+    summary = run("--model", roberta, "--data", data, "--task", "sst2", "--method", "lora", "--rank", 4,
+                  "--batch_size", 16, "--micro_batch_size", 8, "--max_steps", 150, "--lr", "3e-3",
+                  "--log_every", 50, "--merge", out=tmp_path / "run")
     printed = capsys.readouterr().out
     assert summary["after"]["sst2"] >= 0.95 > 0.7 > summary["before"]["sst2"] and summary["loss_after"] < 0.3
     assert "majority" in summary and "before_accuracy" not in summary
     head = 32 * 32 + 32 + 2 * 32 + 2
-    assert f"and {head:,} of its head" in printed and summary["trainable"] == 2 * 4 * (4 * 64 + 2 * (32 + 128))      # the adapters alone
+    assert f"and {head:,} of its head" in printed
+    assert summary["trainable"] == 2 * 4 * (4 * 64 + 2 * (32 + 128))        # the adapters alone
     adapted = M.load(roberta, num_labels=2)
     checkpoint.load_adapter(adapted, tmp_path / "run" / "adapter")
     merged = M.load(tmp_path / "run" / "merged")
@@ -123,7 +139,9 @@ def test_a_classifier_learns_and_its_head_is_saved_merged_and_reloaded(roberta, 
     rows = glue.rows(data, "sst2", "test")
     results = [E.evaluate(net, tok, glue, rows) for net in (adapted, merged)]
     for result in results:
-        assert result["accuracy"] == summary["after"]["sst2"] and result["loss"] == pytest.approx(summary["loss_after"], rel=1e-4)
+        assert result["accuracy"] == summary["after"]["sst2"]
+        # rounding is absolute here: a small loss is the difference of float32 logits of about 5
+        assert result["loss"] == pytest.approx(summary["loss_after"], rel=1e-4, abs=1e-5)
     tf = pytest.importorskip("transformers")
     theirs = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "merged").eval()
     ids = torch.tensor([tok.pair("fine plot", "dull")])
@@ -131,7 +149,8 @@ def test_a_classifier_learns_and_its_head_is_saved_merged_and_reloaded(roberta, 
 
 
 def test_three_labels_get_a_head_of_three(roberta, data, tmp_path):
-    summary = run("--model", roberta, "--data", data, "--task", "mnli", "--batch_size", 4, "--max_steps", 2, "--method", "gfa", "--merge", out=tmp_path / "run")
+    summary = run("--model", roberta, "--data", data, "--task", "mnli", "--batch_size", 4, "--max_steps", 2,
+                  "--method", "gfa", "--merge", out=tmp_path / "run")
     assert M.load(tmp_path / "run" / "merged").cfg.num_labels == 3 and 0 <= summary["after"]["mnli"] <= 1
 
 
@@ -143,11 +162,13 @@ def test_packed_batches_are_one_by_one(roberta, data, monkeypatch):
     assert len({len(ids) for ids, _ in examples}) > 2
     alone = torch.cat([net(torch.tensor([ids])) for ids, _ in examples])
     torch.testing.assert_close(E.classify(net, examples), alone)
-    want = torch.nn.functional.cross_entropy(alone, torch.tensor([label for _, label in examples]), reduction="none").tolist()
+    labels = torch.tensor([row["label"] for row in rows])
+    want = torch.nn.functional.cross_entropy(alone, labels, reduction="none").tolist()
     for budget in (1, 50, 10**6):
         monkeypatch.setattr(E, "BATCH_TOKENS", budget)
         assert [loss for loss, _ in E.nll(net, examples)] == pytest.approx(want)
-        assert E.evaluate(net, tok, glue, rows)["accuracy"] == accuracy_score([row["label"] for row in rows], alone.argmax(-1))
+        right = accuracy_score(labels, alone.argmax(-1))
+        assert E.evaluate(net, tok, glue, rows)["accuracy"] == right
 
 
 def test_a_pair_keeps_its_special_tokens_and_at_most_512_tokens(roberta):
@@ -162,15 +183,19 @@ def test_a_pair_keeps_its_special_tokens_and_at_most_512_tokens(roberta):
     assert len(tok.pair("fine " * 900, None, 40)) == 40
     net = M.load(roberta, num_labels=2)
     assert net(torch.tensor([long])).isfinite().all()
-    examples, cut = train.encode(tok, [dict(text="fine " * 900, pair=None, label=1), dict(text="fine", pair=None, label=0)], 2000)
-    assert cut == 1 and [len(ids) for ids, _ in examples] == [512, len(one) + 2] and [label for _, label in examples] == [1, 0]
+    rows = [dict(text="fine " * 900, pair=None, label=1), dict(text="fine", pair=None, label=0)]
+    examples, cut = train.encode(tok, rows, 2000)
+    assert cut == 1 and [len(ids) for ids, _ in examples] == [512, len(one) + 2]
+    assert [label for _, label in examples] == [1, 0]
 
 
 def test_a_head_that_trains_on_a_bf16_encoder_is_fp32(roberta, data, tmp_path):
-    run("--model", roberta, "--data", data, "--task", "sst2", "--max_steps", 2, "--method", "lora", "--dtype", "bfloat16", out=tmp_path / "run")
+    run("--model", roberta, "--data", data, "--task", "sst2", "--max_steps", 2, "--method", "lora",
+        "--dtype", "bfloat16", out=tmp_path / "run")
     net = M.load(roberta, torch.bfloat16, num_labels=2)
     checkpoint.load_adapter(net, tmp_path / "run" / "adapter")
-    assert {p.dtype for p in net.classifier.parameters()} == {torch.float32} and net.blocks()[0].output["dense"].base.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in net.classifier.parameters()} == {torch.float32}
+    assert net.blocks()[0].output["dense"].base.weight.dtype == torch.bfloat16
     assert E.classify(net, [([0, 5, 2], 1)]).dtype == torch.float32
 
 
@@ -183,11 +208,13 @@ def test_the_command_evaluates_the_family_and_names_what_is_missing(roberta, dat
 
 
 def test_predictions_are_on_disk_and_can_be_scored_again(roberta, data, tmp_path, capsys):
-    flags = ["--model", str(roberta), "--task", "mnli", "--data", str(data), "--limit", "5", "--out", str(tmp_path / "out")]
+    flags = ["--model", str(roberta), "--task", "mnli", "--data", str(data), "--limit", "5",
+             "--out", str(tmp_path / "out")]
     E.main(flags)
     first = capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "out" / "mnli.jsonl").read_text().splitlines()]
-    assert len(lines) == 5 and "\n" in lines[0]["prompt"] and lines[0]["extracted"] == glue.TASKS["mnli"]["labels"][lines[0]["output"]]
+    assert len(lines) == 5 and "\n" in lines[0]["prompt"]
+    assert lines[0]["extracted"] == glue.TASKS["mnli"]["labels"][lines[0]["output"]]
     E.main([*flags, "--score_only"])
     accuracy = lambda out: out.split("accuracy")[1].split()[0]
     assert accuracy(capsys.readouterr().out) == accuracy(first)

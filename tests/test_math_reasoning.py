@@ -7,21 +7,27 @@ from data import math_reasoning as task
 
 # output -> strict, paper
 NUMBERS = {
-    "16-8": (8, -8), "16 - 8 = 8": (8, 8), "x = -8": (-8, -8), "so 5-3": (3, -3), "(2)-5": (5, -5), "-5": (-5, -5),
-    "The answer is 8.": (8, 8), "The answer is -8": (-8, -8), "The answer is 7 of the 9": (7, 9), "Answer: 3, not 5": (3, 5),
-    "The answer is 3 + 4 = 7. Of 99.": (7, 99), "The final answer to the question is 12.0.": (12, 12), "#### 1,234": (1234, 1234),
-    "The answer is: 4\n5 apples": (4, 5), "the answer is -.5": (-0.5, 5), "The answer is $x = 4$": (4, 4), "The answer is 1. The answer is 2": (2, 2),
-    "He has $1,250.50.": (1250.5, 1250.5), "-$5": (-5, 5), "$-5": (-5, -5), "\u22127": (-7, 7), "1234.": (1234, 1234), "1,2": (2, 12),
+    "16-8": (8, -8), "16 - 8 = 8": (8, 8), "x = -8": (-8, -8), "so 5-3": (3, -3), "(2)-5": (5, -5),
+    "-5": (-5, -5), "The answer is 8.": (8, 8), "The answer is -8": (-8, -8), "Answer: 3, not 5": (3, 5),
+    "The answer is 7 of the 9": (7, 9), "The answer is 3 + 4 = 7. Of 99.": (7, 99),
+    "The final answer to the question is 12.0.": (12, 12), "#### 1,234": (1234, 1234),
+    "The answer is: 4\n5 apples": (4, 5), "the answer is -.5": (-0.5, 5), "The answer is $x = 4$": (4, 4),
+    "The answer is 1. The answer is 2": (2, 2), "He has $1,250.50.": (1250.5, 1250.5), "-$5": (-5, 5),
+    "$-5": (-5, -5), "\u22127": (-7, 7), "1234.": (1234, 1234), "1,2": (2, 12),
     "1,234,567": (1234567, 1234567), "12,34": (34, 1234), "50%": (50, 50), "3.0001": (3.0001, 3.0001),
-    "The answer is 7 (x = 3 + 4)": (7, 4), "The answer is 8, because 3 + 5 = 9": (8, 9), "The answer is 5 apples, where n = 2": (5, 2),
-    "The answer is 3 * 4 = 12 - 2 = 10": (10, 10), "no number": (None, None), "": (None, None), "The answer is unknown, about 6": (6, 6), "The answer is\n9": (9, 9),
+    "The answer is 7 (x = 3 + 4)": (7, 4), "The answer is 8, because 3 + 5 = 9": (8, 9),
+    "The answer is 5 apples, where n = 2": (5, 2), "The answer is 3 * 4 = 12 - 2 = 10": (10, 10),
+    "no number": (None, None), "": (None, None), "The answer is unknown, about 6": (6, 6),
+    "The answer is\n9": (9, 9),
 }
 LETTERS = {
-    "Answer: (B)": ("B", "A"), "The answer is (D).": ("D", "D"), "answer is B because": ("B", "B"), "A train goes. (C)": ("C", "A"),
-    "B": ("B", "B"), "B)": ("B", "B"), "The answer is A train": ("", "A"), "none": ("", ""), "answer: option C": ("C", "C"),
-    "the answer is\n(B)": ("B", "B"), "answer is A.": ("A", "A"), "Each (A) is wrong, so answer (B)": ("B", "E"), "**C**": ("", "C"),
+    "Answer: (B)": ("B", "A"), "The answer is (D).": ("D", "D"), "answer is B because": ("B", "B"),
+    "A train goes. (C)": ("C", "A"), "B": ("B", "B"), "B)": ("B", "B"), "The answer is A train": ("", "A"),
+    "none": ("", ""), "answer: option C": ("C", "C"), "the answer is\n(B)": ("B", "B"),
+    "answer is A.": ("A", "A"), "Each (A) is wrong, so answer (B)": ("B", "E"), "**C**": ("", "C"),
     "\\boxed{B}": ("B", "B"), "The correct option is C": ("C", "C"),
-    "The correct answer is **C**": ("C", "C"), "Rationale: Both. The answer is (D).": ("D", "B"), "answer would be E": ("E", "E"), "": ("", ""),
+    "The correct answer is **C**": ("C", "C"), "Rationale: Both. The answer is (D).": ("D", "B"),
+    "answer would be E": ("E", "E"), "": ("", ""),
 }
 
 
@@ -39,7 +45,8 @@ def test_a_number_is_right_within_a_thousandth_and_a_letter_if_equal():
     rows = [dict(answer=a) for a in ("3.0", "3", "-1.8333333", "2", "2", "B", "B")]
     outputs = ["3.001", "3.0011", "-1.8333", "", "answer is 2", "(B)", "b"]
     got = task.score(outputs, rows)
-    assert got["correct"] == [True, False, True, False, True, True, False] and got["accuracy"] == pytest.approx(4 / 7)
+    assert got["correct"] == [True, False, True, False, True, True, False]
+    assert got["accuracy"] == pytest.approx(4 / 7)
     assert got["extracted"] == [3.001, 3.0011, -1.8333, None, 2.0, "B", ""] and "majority" not in got
     assert task.score(["16-8"], [dict(answer="8")], "strict")["correct"] == [True]
     assert task.score(["16-8"], [dict(answer="8")], "paper")["correct"] == [False]
@@ -62,10 +69,11 @@ def write(directory, name, rows):
 def test_a_set_is_found_in_every_layout_and_its_right_output_is_its_answer(name, tmp_path):
     write(tmp_path, name, [dict(instruction="q", input="", output="\nA: wrong", answer="145.0")])
     assert task.rows(tmp_path, "SVAMP", "test")[0]["output"] == "The answer is 145."
-    write(tmp_path, name, [dict(instruction="q", input="", output="", answer=145.0)])       # a number, not a text
+    write(tmp_path, name, [dict(instruction="q", input="", output="", answer=145.0)])   # a number, not a text
     rows = task.rows(tmp_path, "SVAMP", "test")
     assert rows[0]["output"] == "The answer is 145." and task.score(["145"], rows)["accuracy"] == 1
-    with pytest.raises(FileNotFoundError, match="found none of math/mawps.json, mawps.json, dataset/mawps/test.json"):
+    found = "found none of math/mawps.json, mawps.json, dataset/mawps/test.json"
+    with pytest.raises(FileNotFoundError, match=found):
         task.rows(tmp_path, "mawps", "test")
 
 
@@ -76,8 +84,9 @@ def test_aqua_has_choices_and_a_majority(tmp_path):
     assert task.score(["(B)"] * 4, rows)["majority"] == task.score(["(B)"] * 4, rows)["accuracy"] == 0.5
 
 
-@pytest.mark.parametrize("name, answer, message", [("SVAMP", "a", "SVAMP, test row 2: answer 'a', expected a number"),
-                                                   ("SVAMP", None, "answer None"), ("AQuA", "F", "answer 'F', expected a letter A - E")])
+@pytest.mark.parametrize("name, answer, message", [
+    ("SVAMP", "a", "SVAMP, test row 2: answer 'a', expected a number"), ("SVAMP", None, "answer None"),
+    ("AQuA", "F", "answer 'F', expected a letter A - E")])
 def test_a_bad_answer_is_named(name, answer, message, tmp_path):
     good = "B" if name == "AQuA" else "1"
     write(tmp_path, f"math/{name}.json", [dict(instruction="q", output="", answer=a) for a in (good, answer)])
@@ -86,11 +95,13 @@ def test_a_bad_answer_is_named(name, answer, message, tmp_path):
 
 
 def test_one_set_trains_on_its_own_rows_by_source_or_wording(tmp_path):
+    sources = (("a", "gsm8k"), ("b", "mawps"), ("c", "mawps-single"), ("d Answer Choices: (A) 1", None))
     rows = [dict(instruction=q, input="", output="o", answer="1", **({"source": s} if s else {}))
-            for q, s in (("a", "gsm8k"), ("b", "mawps"), ("c", "mawps-single"), ("d Answer Choices: (A) 1", None))]
+            for q, s in sources]
     write(tmp_path, "ft-training_set/math_10k.json", rows)
     train = lambda name: [row["instruction"][0] for row in task.rows(tmp_path, name, "train")]
-    assert (train("math"), train("gsm8k"), train("mawps"), train("AQuA")) == (list("abcd"), ["a"], ["b", "c"], ["d"])
+    trained = [train(name) for name in ("math", "gsm8k", "mawps", "AQuA")]
+    assert trained == [list("abcd"), ["a"], ["b", "c"], ["d"]]
     with pytest.raises(ValueError, match="no row of 'SVAMP', neither by its source nor by its wording"):
         train("SVAMP")
 
@@ -98,14 +109,16 @@ def test_one_set_trains_on_its_own_rows_by_source_or_wording(tmp_path):
 def test_the_shared_sets(shared_data):
     sizes = {name: len(task.rows(shared_data, name, "test")) for name in task.TASKS if name != "SVAMP"}
     assert sizes == {name: entry["rows"] for name, entry in task.TASKS.items() if name != "SVAMP"}
-    assert len(task.rows(shared_data, "math", "train")) == 8402 and len(task.rows(shared_data, "gsm8k", "train")) == 7473
-    assert len(task.rows(shared_data, "mawps", "train")) == 675 and len(task.rows(shared_data, "AQuA", "train")) == 254
-    for name in sizes:          # the right output is right by either rule, and training outputs are by the strict one
+    count = lambda name: len(task.rows(shared_data, name, "train"))
+    assert (count("math"), count("gsm8k"), count("mawps"), count("AQuA")) == (8402, 7473, 675, 254)
+    # the right output is right by either rule, and training outputs are by the strict one
+    for name in sizes:
         rows = task.rows(shared_data, name, "test")
         for rule in ("strict", "paper"):
             if (name, rule) != ("AQuA", "paper"):
                 assert task.score([row["output"] for row in rows], rows, rule)["accuracy"] == 1
-    rows = [row for row in task.rows(shared_data, "math", "train") if len(row["answer"]) > 1 or row["answer"] not in "ABCDE"]
+    rows = [row for row in task.rows(shared_data, "math", "train")
+            if len(row["answer"]) > 1 or row["answer"] not in "ABCDE"]
     assert task.score([row["output"] for row in rows], rows)["accuracy"] > 0.999
 
 

@@ -1,5 +1,5 @@
 """
-The whole road at full length: the README's first command, and a real pretrained model. Minutes, so marked slow:
+The whole road at full length: the README's first command, a real pretrained model. Minutes, so marked slow:
 
     SMOLLM2=DIR pytest -m slow -s          # DIR: SmolLM2-135M-Instruct as a Hugging Face directory
 """
@@ -26,7 +26,7 @@ def test_the_bundled_model_learns_two_step_problems(method, tmp_path):
 
 
 def questions(directory, data):
-    """Ids (4, 60) of what the model was trained for: the first BoolQ prompts with their answers, as one text."""
+    """Ids (4, 60) of what the model trained on: the first BoolQ prompts with their answers, as one text."""
     tok = M.Tokenizer(directory, M.read_config(M.read_json(directory / "config.json")))
     rows = commonsense.rows(data, "boolq", "test")[:8]
     ids = [i for row in rows for i in evaluate.example(tok, row)[0]]
@@ -36,8 +36,9 @@ def questions(directory, data):
 def test_smollm2_learns_the_form_of_boolq_and_merges(smollm2, shared_data, tmp_path):
     tf = pytest.importorskip("transformers")
     out = tmp_path / "run"
-    train.main(["--method", "gfa", "--rank", "8", "--lr", "3e-3", "--model", str(smollm2), "--task", "boolq", "--data",
-                str(shared_data), "--max_steps", "60", "--eval_limit", "100", "--merge", "--out_dir", str(out)])
+    train.main(["--method", "gfa", "--rank", "8", "--lr", "3e-3", "--model", str(smollm2), "--task", "boolq",
+                "--data", str(shared_data), "--max_steps", "60", "--eval_limit", "100", "--merge",
+                "--out_dir", str(out)])
     summary = json.loads((out / "summary.json").read_text())
     print(json.dumps(summary))
     assert summary["loss_before"] > 2.5 and summary["loss_after"] <= 0.15
@@ -53,13 +54,16 @@ def test_smollm2_learns_the_form_of_boolq_and_merges(smollm2, shared_data, tmp_p
     assert difference <= 1e-3
 
 
-@pytest.mark.parametrize("method, flags", [("lora", ["--lr", "1e-3"]), ("gralora", ["--lr", "1e-3"]), ("cps_lora", ["--lr", "1e-3", "--reinit_every", "4s"]),
-                                           ("glora", ["--lr", "3e-4", "--reinit_every", "4s", "--svd", "randomized"])])
+@pytest.mark.parametrize("method, flags", [
+    ("lora", ["--lr", "1e-3"]), ("gralora", ["--lr", "1e-3"]),
+    ("cps_lora", ["--lr", "1e-3", "--reinit_every", "4s"]),
+    ("glora", ["--lr", "3e-4", "--reinit_every", "4s", "--svd", "randomized"])])
 def test_a_short_run_on_smollm2_merges_to_the_same_function(method, flags, smollm2, shared_data, tmp_path):
     """Twelve steps, with re-initialisations in between where there are any; the bound is fp32's."""
     out = tmp_path / "run"
-    train.main(["--method", method, "--rank", "8", "--model", str(smollm2), "--task", "boolq", "--data", str(shared_data),
-                "--max_steps", "12", "--eval_limit", "8", "--no-eval_before", "--merge", "--out_dir", str(out), *flags])
+    train.main(["--method", method, "--rank", "8", "--model", str(smollm2), "--task", "boolq",
+                "--data", str(shared_data), "--max_steps", "12", "--eval_limit", "8", "--no-eval_before",
+                "--merge", "--out_dir", str(out), *flags])
     merged, adapted, base = M.load(out / "merged"), M.load(smollm2), M.load(smollm2)
     checkpoint.load_adapter(adapted, out / "adapter")
     ids = questions(smollm2, shared_data)
@@ -70,10 +74,12 @@ def test_a_short_run_on_smollm2_merges_to_the_same_function(method, flags, smoll
     assert difference <= 1e-3 < 1e-1 < change
 
 
-@pytest.mark.parametrize("task, metric", [("gsm8k", "accuracy"), ("AQuA", "likelihood"), ("humaneval", "pass@1"), ("mbpp", "pass@1")])
+@pytest.mark.parametrize("task, metric", [
+    ("gsm8k", "accuracy"), ("AQuA", "likelihood"), ("humaneval", "pass@1"), ("mbpp", "pass@1")])
 def test_smollm2_answers_math_and_code(task, metric, smollm2, shared_data, tmp_path, capsys):
-    evaluate.main(["--model", str(smollm2), "--task", task, "--data", str(shared_data), "--limit", "2", "--out", str(tmp_path / "out"),
-                   "--allow_code_execution"])
+    evaluate.main(["--model", str(smollm2), "--task", task, "--data", str(shared_data), "--limit", "2",
+                   "--out", str(tmp_path / "out"), "--allow_code_execution"])
     assert f" {metric} " in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "out" / f"{task}.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and all(line["output"].strip() and {"extracted", "correct"} <= set(line) for line in lines)
+    assert len(lines) == 2
+    assert all(line["output"].strip() and {"extracted", "correct"} <= set(line) for line in lines)

@@ -1,5 +1,5 @@
 """
-train.py: the gradient it follows, the order of its data, the hooks it calls, the files it leaves, the input it refuses.
+train.py: its gradient, the order of its data, the hooks it calls, the files it leaves, the input it refuses.
 """
 import json
 import math
@@ -19,7 +19,8 @@ import model as M
 import train
 from data import arithmetic
 
-FAST = ["--max_steps", "3", "--batch_size", "4", "--eval_limit", "4", "--train_rows", "40", "--log_every", "1"]
+FAST = ["--max_steps", "3", "--batch_size", "4", "--train_rows", "40", "--eval_limit", "4",
+        "--log_every", "1"]
 
 
 def run(*args, out):
@@ -72,14 +73,21 @@ def uneven(tokenizer):
     return train.encode(tokenizer, rows, 512)[0]
 
 
+FLOAT32 = 1e-5      # losses are float32 in a float64 model too: an ulp of its largest logits, 27, is 2e-6
+
+
+def assert_same_gradient(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=FLOAT32 * want.abs().max().item())
+
+
 def test_accumulation_is_normalised_by_supervised_tokens(tiny, tokenizer):
     model, examples = injected(tiny), uneven(tokenizer)
     loss, want, seen = gradient(model, examples, 8)
     assert seen == sum(len(ids) for ids, _ in examples)
     for micro in (1, 2, 3):             # 3 leaves a smaller last micro-batch
         again, got, _ = gradient(model, examples, micro)
-        assert again == pytest.approx(loss)
-        torch.testing.assert_close(got, want)
+        assert again == pytest.approx(loss, rel=FLOAT32)
+        assert_same_gradient(got, want)
 
 
 def test_the_loss_is_the_mean_over_answer_tokens_and_their_eos(tiny, tokenizer):
@@ -89,7 +97,8 @@ def test_the_loss_is_the_mean_over_answer_tokens_and_their_eos(tiny, tokenizer):
         logits = model(torch.tensor([ids]))[0]
         losses += [F.cross_entropy(logits[t - 1], torch.tensor(ids[t])) for t in range(start, len(ids))]
     assert ids[-1] in tokenizer.eos
-    assert gradient(model, examples, 8)[0] == pytest.approx(torch.stack(losses).mean().item())
+    want = torch.stack(losses).mean().item()
+    assert gradient(model, examples, 8)[0] == pytest.approx(want, rel=FLOAT32)
 
 
 def test_checkpointing_and_compile_free_gradients_agree(tiny, tokenizer):
@@ -98,7 +107,7 @@ def test_checkpointing_and_compile_free_gradients_agree(tiny, tokenizer):
     _, want, _ = gradient(model, examples, 8)
     model.checkpointing = True
     torch.manual_seed(1)                # the same dropout masks, drawn again in backward
-    torch.testing.assert_close(gradient(model, examples, 8)[1], want)
+    assert_same_gradient(gradient(model, examples, 8)[1], want)
 
 
 # ------------------------------------------------------------------------------------ examples
@@ -120,7 +129,8 @@ def test_an_eos_inside_the_text_is_still_supervised(tokenizer):
 
 
 def test_bos_comes_once_and_only_where_the_tokenizer_adds_it(tokenizer):
-    row, plain = dict(instruction="a", input="", output="b"), train.encode(tokenizer, [dict(instruction="a", input="", output="b")], 99)
+    row = dict(instruction="a", input="", output="b")
+    plain = train.encode(tokenizer, [row], 99)
     tokenizer.bos = [7]
     try:
         (ids, start), = train.encode(tokenizer, [row], 99)[0]
@@ -158,8 +168,9 @@ def test_schedules():
     assert at("cosine") == pytest.approx([0.5, 1.0, *cosine])
 
 
-@pytest.mark.parametrize("every, at, want", [(None, None, set()), ("2", None, {20, 40}), ("0.5", None, set(range(5, 50, 5))),
-                                             ("20s", None, {20, 40}), (None, 7, {7}), ("25s", 30, {25, 30}), ("50s", 50, set())])
+@pytest.mark.parametrize("every, at, want", [
+    (None, None, set()), ("2", None, {20, 40}), ("0.5", None, set(range(5, 50, 5))), ("20s", None, {20, 40}),
+    (None, 7, {7}), ("25s", 30, {25, 30}), ("50s", 50, set())])
 def test_reinit_steps_are_epochs_or_steps_and_never_the_last(every, at, want):
     assert train.reinit_steps(every, at, 50, 10) == want
 
@@ -174,7 +185,7 @@ def test_lion_is_its_formula():
     torch.manual_seed(0)
     p, m = torch.nn.Parameter(torch.randn(5)), torch.zeros(5)
     want, optimizer = p.detach().clone(), train.Lion([p], lr=0.1, weight_decay=0.2)
-    for step, lr in enumerate((0.1, 0.05, 0.05)):
+    for lr in (0.1, 0.05, 0.05):
         optimizer.param_groups[0]["lr"] = lr
         g = torch.randn(5)
         p.grad = g.clone()
@@ -192,20 +203,26 @@ def test_a_run_leaves_its_files(method, tiny, tmp_path, capsys):
     out = tmp_path / "run"
     summary = run("--method", method, *FAST, "--rank", 3, "--merge", out=out)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{method}: {'all weights' if method == 'full' else '28 modules'}, {summary['trainable']:,} trainable parameters, ")
+    adapted = "all weights" if method == "full" else "28 modules"
+    assert lines[0].startswith(f"{method}: {adapted}, {summary['trainable']:,} trainable parameters, ")
     assert lines[1].startswith("batch 4 x 1 = 4, 3 steps of 10 an epoch")
     assert lines[2].startswith("40 examples, ") and lines[2].endswith("0 truncated to 512")
-    assert (summary["task"], summary["method"], summary["rank"], summary["steps"]) == ("arithmetic", method, 3, 3)
+    named = [summary[key] for key in ("task", "method", "rank", "steps")]
+    assert named == ["arithmetic", method, 3, 3]
     for when in ("before", "after"):
         assert 0 <= summary[when]["mean"] == summary[when]["two_step"] <= 1 and summary[f"loss_{when}"] > 0
-        dump = [json.loads(line) for line in (out / "eval" / f"two_step.{when}.jsonl").read_text().splitlines()]
-        assert len(dump) == 4 and set(dump[0]) == {"row", "prompt", "output", "extracted", "answer", "correct"}
+        dump = (out / "eval" / f"two_step.{when}.jsonl").read_text().splitlines()
+        dump = [json.loads(line) for line in dump]
+        assert len(dump) == 4
+        assert set(dump[0]) == {"row", "prompt", "output", "extracted", "answer", "correct"}
     assert summary["tokens_per_second"] > 0 and summary["seconds"] > 0
-    assert [set(line) for line in metrics(out)] == [{"step", "loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_mb"}] * 3
+    measured = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_mb"}
+    assert [set(line) for line in metrics(out)] == [measured] * 3
     args = json.loads((out / "args.json").read_text())
-    assert args["rank"] == 3 and args["preset"] == "tiny" and "torch" in json.loads((out / "env.json").read_text())
-    assert {p.name for p in out.iterdir()} - {"loss.png"} == {"args.json", "env.json", "metrics.jsonl", "eval", "summary.json",
-                                                              "adapter", "merged"}
+    assert args["rank"] == 3 and args["preset"] == "tiny"
+    assert "torch" in json.loads((out / "env.json").read_text())
+    assert {p.name for p in out.iterdir()} - {"loss.png"} == {
+        "args.json", "env.json", "metrics.jsonl", "eval", "summary.json", "adapter", "merged"}
     adapted, merged = M.load(tiny), M.load(out / "merged")
     checkpoint.load_adapter(adapted, out / "adapter")
     ids = torch.randint(400, (1, 20))
@@ -218,7 +235,9 @@ def test_the_same_seed_gives_the_same_run_another_another(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(*FAST, "--seed", seed, "--no-eval_before", out=tmp_path / name)
         losses[name] = [line["loss"] for line in metrics(tmp_path / name)]
-    assert losses["a"] == losses["b"] != losses["c"]
+    # rounding alone, of float32 losses after three steps, against another order of the data
+    assert losses["a"] == pytest.approx(losses["b"], rel=1e-4)
+    assert losses["a"] != pytest.approx(losses["c"], rel=1e-2)
 
 
 def test_the_micro_batch_size_changes_memory_not_the_run(tmp_path):
@@ -229,8 +248,8 @@ def test_the_micro_batch_size_changes_memory_not_the_run(tmp_path):
 
 
 def test_the_loss_falls(tmp_path):
-    run("--max_steps", 30, "--batch_size", 8, "--train_rows", 8, "--eval_limit", 1, "--no-eval_before", "--log_every", 1,
-        out=tmp_path / "run")
+    run("--max_steps", 30, "--batch_size", 8, "--train_rows", 8, "--eval_limit", 1, "--no-eval_before",
+        "--log_every", 1, out=tmp_path / "run")
     lines = metrics(tmp_path / "run")
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
 
@@ -242,27 +261,33 @@ def test_a_last_partial_batch_is_trained_on(tmp_path):
 
 
 def test_epochs_count_steps(tmp_path, capsys):
-    args, method = train.parse(["--model", str(ROOT / "data" / "tiny"), "--task", "arithmetic", "--epochs", "1.5", "--train_rows", "10",
-                                "--batch_size", "4", "--out_dir", str(tmp_path / "x")])
+    args, method = train.parse(["--model", str(ROOT / "data" / "tiny"), "--task", "arithmetic",
+                                "--epochs", "1.5", "--train_rows", "10", "--batch_size", "4",
+                                "--out_dir", str(tmp_path / "x")])
     prepared = train.prepare(args, method)
     assert (prepared.steps_per_epoch, prepared.steps) == (3, 5)
 
 
 def test_validation_keeps_the_best_adapter_beside_the_last(tmp_path, capsys):
     out = tmp_path / "run"
-    summary = run(*FAST, "--val_rows", 8, "--eval_every", 1, "--lr", 0.3, "--warmup_steps", 0, "--no-eval_before", out=out)
-    values = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
-    assert len(values) == 3 and summary["last"]["step"] == 3 and round(summary["last"]["loss_val"], 4) == values[-1]
-    assert round(summary["best"]["loss_val"], 4) == min(values) and values[summary["best"]["step"] - 1] == min(values)
+    summary = run(*FAST, "--val_rows", 8, "--eval_every", 1, "--lr", 0.3, "--warmup_steps", 0,
+                  "--no-eval_before", out=out)
+    printed = capsys.readouterr().out.splitlines()
+    values = [float(line.split()[-1]) for line in printed if "validation loss" in line]
+    last, best = summary["last"], summary["best"]
+    assert len(values) == 3 and last["step"] == 3 and round(last["loss_val"], 4) == values[-1]
+    assert round(best["loss_val"], 4) == min(values) and values[best["step"] - 1] == min(values)
     best = json.loads((out / "adapter-best" / "adapter_config.json").read_text())
-    assert best["method"] == "lora" and json.loads((out / "adapter" / "adapter_config.json").read_text())["step"] == 3
+    assert best["method"] == "lora"
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["step"] == 3
 
 
 def test_the_bf16_base_stays_bf16_and_adapters_train_in_fp32(tmp_path):
     out = tmp_path / "run"
     run(*FAST, "--dtype", "bfloat16", "--no-eval_before", "--merge", out=out)
-    assert {t.dtype for t in load_file(out / "adapter" / "adapter_model.safetensors").values()} == {torch.float32}
-    assert {t.dtype for t in load_file(out / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+    dtypes = lambda file: {t.dtype for t in load_file(file).values()}
+    assert dtypes(out / "adapter" / "adapter_model.safetensors") == {torch.float32}
+    assert dtypes(out / "merged" / "model.safetensors") == {torch.bfloat16}
 
 
 @pytest.mark.slow
@@ -271,13 +296,16 @@ def test_compiled_blocks_train_alike(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "one")
     config = json.loads((tiny / "config.json").read_text())
     (tmp_path / "one" / "config.json").write_text(json.dumps(dict(config, num_hidden_layers=1)))
-    kept = {key: t for key, t in load_file(tiny / "model.safetensors").items() if not re.search(r"layers\.[1-9]", key)}
+    tensors = load_file(tiny / "model.safetensors")
+    kept = {key: t for key, t in tensors.items() if not re.search(r"layers\.[1-9]", key)}
     save_file(kept, tmp_path / "one" / "model.safetensors")
     for name, flags in (("a", []), ("b", ["--compile"])):
-        run(*FAST, "--preset", "tiny", "--model", tmp_path / "one", "--eval_limit", 1, "--no-eval_before", *flags, out=tmp_path / name)
+        run(*FAST, "--preset", "tiny", "--model", tmp_path / "one", "--eval_limit", 1, "--no-eval_before",
+            *flags, out=tmp_path / name)
     a, b = metrics(tmp_path / "a"), metrics(tmp_path / "b")
     assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-3)
-    assert not any("_orig_mod" in key for key in load_file(tmp_path / "b" / "adapter" / "adapter_model.safetensors"))
+    saved = load_file(tmp_path / "b" / "adapter" / "adapter_model.safetensors")
+    assert not any("_orig_mod" in key for key in saved)
 
 
 # ------------------------------------------------------------------------------------ hooks and variants
@@ -314,8 +342,8 @@ def test_hooks_are_called_as_the_contract_says(tmp_path, monkeypatch):
     loaded = []
     original = checkpoint.load_method
     monkeypatch.setattr(checkpoint, "load_method", lambda name: loaded.append(original(name)) or loaded[-1])
-    run("--method", tmp_path / "mine.py", *FAST, "--reinit_every", "1s", "--lr", 0.01, "--grad_clip", 1e-9, "--no-eval_before",
-        "--micro_batch_size", 2, out=tmp_path / "run")
+    run("--method", tmp_path / "mine.py", *FAST, "--reinit_every", "1s", "--lr", 0.01, "--grad_clip", 1e-9,
+        "--no-eval_before", "--micro_batch_size", 2, out=tmp_path / "run")
     calls = loaded[0].calls
     assert calls[0] == ("optimizer", 0.01, 0.0)
     assert [c if c == "reinit" else c[:2] for c in calls[1:]] == [(1, 3), "reinit", (2, 3), "reinit", (3, 3)]
@@ -323,11 +351,15 @@ def test_hooks_are_called_as_the_contract_says(tmp_path, monkeypatch):
 
 
 def test_a_copy_of_lora_is_a_method_without_any_other_edit(tmp_path):
-    own = VARIANT.replace("DEFAULTS = {}", 'DEFAULTS = {"k": (2, "a number"), "mode": ("a", "a choice", ["a", "b"]), "on": (True, "a switch")}')
-    own = own.replace("dropout=0.0):\n    \"\"\"Freeze", "dropout=0.0, *, k=2, mode='a', on=True):\n    \"\"\"Freeze")
-    own = own.replace("    model.requires_grad_(False)", "    assert (k, mode, on) == (4, 'b', False)\n    model.requires_grad_(False)", 1)
+    flags = '{"k": (2, "a number"), "mode": ("a", "a choice", ["a", "b"]), "on": (True, "a switch")}'
+    own = VARIANT.replace("DEFAULTS = {}", f"DEFAULTS = {flags}")
+    own = own.replace("dropout=0.0):\n    \"\"\"Freeze",
+                      "dropout=0.0, *, k=2, mode='a', on=True):\n    \"\"\"Freeze")
+    own = own.replace("    model.requires_grad_(False)",
+                      "    assert (k, mode, on) == (4, 'b', False)\n    model.requires_grad_(False)", 1)
     (tmp_path / "mine.py").write_text(own, encoding="utf-8")
-    summary = run("--method", tmp_path / "mine.py", *FAST, "--k", 4, "--mode", "b", "--no-on", out=tmp_path / "run")
+    summary = run("--method", tmp_path / "mine.py", *FAST, "--k", 4, "--mode", "b", "--no-on",
+                  out=tmp_path / "run")
     assert summary["method"].endswith("mine.py")
     model = M.load(ROOT / "data" / "tiny")
     checkpoint.load_adapter(model, tmp_path / "run" / "adapter")
@@ -347,14 +379,19 @@ def test_precedence_command_line_preset_common_default(tmp_path, monkeypatch):
 
 def test_presets_of_the_papers_tables():
     parse = lambda preset, method: train.parse(["--preset", preset, "--method", method, "--model", "x"])[0]
-    seen = lambda *a: (lambda p: (p.task, p.rank, p.targets, p.batch_size, p.epochs, p.warmup_steps, p.lr, p.optimizer))(parse(*a))
-    assert seen("cps-commonsense-llama2-7b", "cps_lora") == ("commonsense", 8, "attention", 4, 2, 500, 1e-4, "adamw")
+    fields = lambda p, names: tuple(getattr(p, name) for name in names.split())
+    seen = lambda *a: fields(parse(*a), "task rank targets batch_size epochs warmup_steps lr optimizer")
+    assert seen("cps-commonsense-llama2-7b", "cps_lora") == (
+        "commonsense", 8, "attention", 4, 2, 500, 1e-4, "adamw")
     assert seen("cps-math-llama2-7b", "lora") == ("math", 8, "attention", 4, 2, 500, 3e-4, "adamw")
-    assert [parse("cps-code-qwen2.5-1.5b", m).lr for m in ("cps_lora", "gralora", "lora")] == [6e-5, 5e-5, 4e-5]
+    assert [parse("cps-code-qwen2.5-1.5b", m).lr for m in ("cps_lora", "gralora", "lora")] == [
+        6e-5, 5e-5, 4e-5]
     assert parse("cps-commonsense-llama3-8b", "cps_lora").lr == 4e-5
     assert parse("cps-commonsense-llama2-7b", "cps_lora").reinit_every == "1"
-    assert seen("glora-commonsense-llama2", "glora") == ("commonsense", 8, "attention", 4, 10, 500, 1e-4, "adamw")
-    own = lambda preset: (lambda p: (p.ratio, p.lr, p.svd, p.oversample, p.reinit_every, p.dropout, p.val_rows))(parse(preset, "glora"))
+    assert seen("glora-commonsense-llama2", "glora") == (
+        "commonsense", 8, "attention", 4, 10, 500, 1e-4, "adamw")
+    own = lambda preset: fields(parse(preset, "glora"),
+                                "ratio lr svd oversample reinit_every dropout val_rows")
     assert own("glora-math-llama2") == ("1:3", 3e-4, "exact", 4, "2", 0.05, 1200)
     assert own("glora-math-llama3-8b-randomized") == ("3:1", 3e-4, "randomized", 4, "2", 0.05, 1200)
     assert own("glora-code-llama3-8b-instruct") == ("1:3", 2e-5, "exact", 4, "2", 0.05, 1200)
@@ -363,13 +400,16 @@ def test_presets_of_the_papers_tables():
     assert [parse("glora-commonsense-llama3-8b", m).lr for m in ("gralora", "lora")] == [2e-4, 1e-4]
     assert [parse("glora-math-llama2-randomized", m).lr for m in ("gralora", "lora")] == [3e-4, 3e-4]
     assert parse("glora-code-qwen2.5-7b", "lora").lr == 5e-5
-    assert seen("gralora-commonsense-qwen2.5-7b", "gralora") == ("commonsense", 64, "all", 192, 2, 0, 4e-4, "lion")
-    assert parse("gralora-code-llama3.1-8b", "gralora").k == 0 and parse("gralora-commonsense-llama3.1-70b", "lora").epochs == 1
+    assert seen("gralora-commonsense-qwen2.5-7b", "gralora") == (
+        "commonsense", 64, "all", 192, 2, 0, 4e-4, "lion")
+    assert parse("gralora-code-llama3.1-8b", "gralora").k == 0
+    assert parse("gralora-commonsense-llama3.1-70b", "lora").epochs == 1
 
 
 def test_aliases_of_the_field():
-    args, _ = train.parse("--base_model m --lora_r 4 --lora_alpha 9 --lora_dropout 0.1 --target_modules q_proj --learning_rate 1e-3 "
-                          "--num_epochs 2 --cutoff_len 99 --output_dir o --model_name_or_path n".split())
+    args, _ = train.parse("--base_model m --lora_r 4 --lora_alpha 9 --lora_dropout 0.1 "
+                          "--target_modules q_proj --learning_rate 1e-3 --num_epochs 2 --cutoff_len 99 "
+                          "--output_dir o --model_name_or_path n".split())
     assert (args.model, args.rank, args.alpha, args.dropout, args.targets) == ("n", 4, 9.0, 0.1, "q_proj")
     assert (args.lr, args.epochs, args.max_len, args.out_dir) == (1e-3, 2.0, 99, "o")
 
@@ -384,19 +424,21 @@ def observe(model, t, T):
 '''
     (tmp_path / "mine.py").write_text(poison, encoding="utf-8")
     out = tmp_path / "run"
-    with pytest.raises(RuntimeError, match=r"step 3: .*not finite: gradient of model\.layers\.1\.mlp\.up_proj\.lora_B \(1 in all\)"):
+    named = r"step 3: .*not finite: gradient of model\.layers\.1\.mlp\.up_proj\.lora_B \(1 in all\)"
+    with pytest.raises(RuntimeError, match=named):
         run("--method", tmp_path / "mine.py", *FAST, "--save_steps", 2, "--no-eval_before", out=out)
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["step"] == 2
     assert all(t.isfinite().all() for t in load_file(out / "adapter" / "adapter_model.safetensors").values())
     assert not (out / "summary.json").exists() and len(metrics(out)) == 2
 
 
-def test_compiled_blocks_are_compiled_anew_after_a_reinit_whose_shapes_would_exhaust_dynamos_limit(tmp_path, monkeypatch):
-    """Dynamo falls back to eager after 8 recompilations of one function; compilation itself is a slow test's."""
+def test_compiled_blocks_are_compiled_anew_after_a_reinit(tmp_path, monkeypatch):
+    """The new shapes would reach dynamo's limit of 8 recompilations, after which it falls back to eager."""
     calls = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: calls.append("compile"))
     monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
-    run("--method", "glora", *FAST, "--compile", "--max_steps", 5, "--reinit_every", "2s", "--no-eval_before", out=tmp_path / "run")
+    run("--method", "glora", *FAST, "--compile", "--max_steps", 5, "--reinit_every", "2s", "--no-eval_before",
+        out=tmp_path / "run")
     assert calls == ["compile"] * 4 + ["reset"] * 2
 
 
@@ -410,10 +452,15 @@ def test_a_loss_that_is_not_finite_is_named(tiny):
 
 
 def test_the_exit_status_of_a_failed_run_is_1_and_of_bad_input_2(tmp_path):
-    broken = VARIANT + "\ndef observe(model, t, T):\n    next(p for p in model.parameters() if p.requires_grad).grad.fill_(float('inf'))\n"
+    broken = VARIANT + '''
+def observe(model, t, T):
+    next(p for p in model.parameters() if p.requires_grad).grad.fill_(float("inf"))
+'''
     (tmp_path / "mine.py").write_text(broken, encoding="utf-8")
-    command = [sys.executable, str(ROOT / "train.py"), *FAST, "--no-eval_before", "--out_dir", str(tmp_path / "run")]
-    failed = subprocess.run([*command, "--method", str(tmp_path / "mine.py")], capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, str(ROOT / "train.py"), *FAST, "--no-eval_before",
+               "--out_dir", str(tmp_path / "run")]
+    failed = subprocess.run([*command, "--method", str(tmp_path / "mine.py")], capture_output=True, text=True,
+                            cwd=tmp_path)
     assert failed.returncode == 1 and "Traceback" in failed.stderr and "step 1" in failed.stderr
     refused = subprocess.run([*command, "--method", "nope"], capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "Traceback" not in refused.stderr
@@ -426,20 +473,25 @@ BAD = {
     "another method's flag": (["--method", "lora", "--sigma", "1"], r"unrecognized arguments: --sigma"),
     "unknown method": (["--method", "lorra"], r"method 'lorra', expected one of .*gfa, .*lora"),
     "unknown task": (["--task", "bool"], r"task 'bool', expected one of arithmetic.* boolq"),
-    "merge of what is no matrix": (["--method", "denselora", "--merge"], r"--merge: DenseLoRA's GELUs make its update a function of the input"),
+    "merge of what is no matrix": (["--method", "denselora", "--merge"],
+                                   r"--merge: DenseLoRA's GELUs make its update a function of the input"),
     "unknown preset": (["--preset", "x"], r"preset 'x', expected one of tiny"),
-    "no such data": (["--task", "boolq", "--data", "nowhere"], r"nowhere: found none of commonsense/boolq\.json"),
+    "no such data": (["--task", "boolq", "--data", "nowhere"],
+                     r"nowhere: found none of commonsense/boolq\.json"),
     "no such model": (["--model", "nowhere", "--task", "arithmetic"], r"nowhere: no such model directory"),
     "rank 0": (["--rank", "0"], r"--rank 0, expected at least 1"),
-    "rank too large": (["--rank", "65"], r"rank 65 for model\.layers\.0\.self_attn\.k_proj, expected 1 to 64"),
-    "GFA rank too large": (["--method", "gfa", "--rank", "900"], r"rank 900 for a global matrix of \d+ x \d+, expected 1 to \d+"),
+    "rank too large": (["--rank", "65"],
+                       r"rank 65 for model\.layers\.0\.self_attn\.k_proj, expected 1 to 64"),
+    "GFA rank too large": (["--method", "gfa", "--rank", "900"],
+                           r"rank 900 for a global matrix of \d+ x \d+, expected 1 to \d+"),
     "target": (["--targets", "q_proj,query"], r"target 'query' matches no nn\.Linear"),
     "no targets": (["--targets", ","], r"targets ',', expected"),
     "alpha without a place": (["--method", "gfa", "--alpha", "8"], r"GFA has no alpha"),
     "dropout": (["--dropout", "1"], r"--dropout 1\.0, expected 0 <= dropout < 1"),
     "negative": (["--val_rows", "-1"], r"--val_rows -1, expected at least 0"),
     "negative clip": (["--grad_clip", "-1"], r"--grad_clip -1\.0, expected at least 0"),
-    "micro batch": (["--batch_size", "4", "--micro_batch_size", "3"], r"4 is not a multiple of --micro_batch_size 3"),
+    "micro batch": (["--batch_size", "4", "--micro_batch_size", "3"],
+                    r"4 is not a multiple of --micro_batch_size 3"),
     "the head": (["--targets", "q_proj,lm_head"], r"match the head, lm_head"),
     "choice": (["--schedule", "step"], r"argument --schedule: invalid choice: 'step'"),
     "reinit": (["--reinit_every", "2"], r"lora does not re-initialise"),
@@ -468,11 +520,12 @@ def test_an_out_dir_that_holds_a_run_is_kept_unless_overwrite(tmp_path, capsys):
     assert not (out / "left").exists() and json.loads((out / "summary.json").read_text())["rank"] == 2
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    assert "something else than a run" in refuses(capsys, *FAST, "--overwrite", "--out_dir", tmp_path / "mine")
+    assert "something else than a run" in refuses(capsys, *FAST, "--overwrite",
+                                                  "--out_dir", tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-# ------------------------------------------------------------------------------------ a user's own file, real data
+# ------------------------------------------------------------------------------------ own files, real data
 
 def test_a_users_own_file_trains_and_evaluates(tmp_path):
     rows = [dict(r, instruction=r["instruction"] + "?") for r in arithmetic.generate("train", 50, 1, 3)]
@@ -483,14 +536,18 @@ def test_a_users_own_file_trains_and_evaluates(tmp_path):
 
 
 def test_one_set_trains_on_its_own_rows_of_the_mix(shared_data, capsys):
-    args, method = train.parse(["--model", str(ROOT / "data" / "tiny"), "--task", "boolq", "--data", str(shared_data)])
+    args, method = train.parse(["--model", str(ROOT / "data" / "tiny"), "--task", "boolq",
+                                "--data", str(shared_data)])
     prepared = train.prepare(args, method)
     assert len(prepared.train) == 830 and list(prepared.sets) == ["boolq"] and prepared.absent == []
 
 
 def test_a_family_names_the_sets_that_are_not_there(shared_data, tmp_path, capsys):
-    summary = run("--task", "commonsense", "--data", shared_data, "--max_steps", 1, "--eval_limit", 2, "--train_rows", 20,
-                  "--batch_size", 2, "--no-eval_before", out=tmp_path / "run")
-    assert summary["absent"] == ["social_i_qa"] and len(summary["after"]) == 8      # seven sets and their mean
-    assert set(summary["after_likelihood"]) == set(summary["majority"]) == set(summary["after"]) and "after_accuracy" not in summary
-    assert "not found: social_i_qa (commonsense/social_i_qa.json, from LLM-Adapters, dataset/social_i_qa/test.json); the mean is over the others" in capsys.readouterr().out
+    summary = run("--task", "commonsense", "--data", shared_data, "--max_steps", 1, "--eval_limit", 2,
+                  "--train_rows", 20, "--batch_size", 2, "--no-eval_before", out=tmp_path / "run")
+    assert summary["absent"] == ["social_i_qa"]
+    assert len(summary["after"]) == 8           # seven sets and their mean
+    assert set(summary["after_likelihood"]) == set(summary["majority"]) == set(summary["after"])
+    assert "after_accuracy" not in summary
+    assert ("not found: social_i_qa (commonsense/social_i_qa.json, from LLM-Adapters, "
+            "dataset/social_i_qa/test.json); the mean is over the others") in capsys.readouterr().out
