@@ -1,26 +1,231 @@
 """
-What a run leaves for others: the adapter (adapter_model.safetensors + adapter_config.json), and the merged model as a
-Hugging Face directory. A directory appears under its name only when it is whole.
+What lies on disk: a Hugging Face directory, which becomes a model; method files, by name; an adapter
+(adapter_model.safetensors + adapter_config.json); the merged model as a Hugging Face directory. A directory
+that is written appears under its name only when it is whole.
 """
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
+import torch
 import torch.nn as nn
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from model import TEXT_FILES, read_json, resolve
+from model import TARGETS, CausalLM, RobertaClassifier
 
 ROOT = Path(__file__).resolve().parent
+TINY = ROOT / "data" / "tiny"       # the bundled model
 SHARD_BYTES = 5_000_000_000
 
 
-# ------------------------------------------------------------------------------------ method files
+# -------------------------------------------------------------------------------- config.json
+
+def read_json(file):
+    """The object in a JSON file; ValueError names the file."""
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: found a {type(found).__name__}, expected an object")
+    return found
+
+
+def rope_parameters(c):
+    """
+    {rope_type, rope_theta, ...} from either spelling: rope_theta + rope_scaling, or transformers 5's
+    rope_parameters. A theta of 10000 is assumed for LLaMA 1 and 2 alone, whose files state none.
+    """
+    scaling = c.get("rope_scaling") or {}
+    rope = {"rope_theta": c.get("rope_theta"), **scaling, **(c.get("rope_parameters") or {})}
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if rope["rope_type"] not in ("default", "llama3"):
+        raise ValueError(f"rope type {rope['rope_type']!r}, expected default or llama3")
+    if rope["rope_theta"] is None and c["model_type"] == "llama" and "rope_parameters" not in c:
+        rope["rope_theta"] = 10000.0
+    needed = ["rope_theta"]
+    if rope["rope_type"] == "llama3":
+        needed += ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    if absent := [key for key in needed if rope.get(key) is None]:
+        raise ValueError(f"rotary embedding without {', '.join(absent)}")
+    return rope
+
+
+def read_config(c, num_labels=None):
+    """
+    The object of a config.json, as a namespace with every field that the models read. ValueError on a model
+    type, activation, rope type or attention pattern that is not implemented here.
+    """
+    kind = c.get("model_type")
+    if kind not in TARGETS:
+        raise ValueError(f"model_type {kind!r}, expected one of {', '.join(TARGETS)}")
+    expected = "gelu" if kind == "roberta" else "silu"
+    if (act := c.get("hidden_act", expected)) != expected:
+        raise ValueError(f"hidden_act {act!r}, expected {expected!r} for {kind}")
+    needed = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+    needed += ["max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob",
+               "attention_probs_dropout_prob", "pad_token_id"] if kind == "roberta" else ["rms_norm_eps"]
+    if absent := [name for name in needed if c.get(name) is None]:
+        raise ValueError(f"no {absent[0]!r} for model_type {kind!r}")
+    cfg = SimpleNamespace(**c)
+    if kind == "roberta":
+        cfg.num_labels = num_labels or len(c.get("id2label") or "01")
+        if c.get("position_embedding_type", "absolute") != "absolute":
+            raise ValueError(f"position_embedding_type {c['position_embedding_type']!r}, expected 'absolute'")
+        return cfg
+    if c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ()):
+        raise ValueError("sliding-window attention is not implemented")
+    cfg.num_key_value_heads = c.get("num_key_value_heads") or c["num_attention_heads"]
+    cfg.head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    cfg.o_bias = bool(c.get("attention_bias")) and kind != "qwen2"
+    cfg.qkv_bias = bool(c.get("attention_bias")) or kind == "qwen2"     # whose files do not mention it
+    cfg.mlp_bias, cfg.qk_norm = bool(c.get("mlp_bias")), kind == "qwen3"
+    cfg.tie_word_embeddings = bool(c.get("tie_word_embeddings"))
+    cfg.rope = rope_parameters(c)
+    return cfg
+
+
+def build(c, num_labels=None):
+    """The model that a config.json's object describes, with random weights."""
+    cfg = read_config(c, num_labels)
+    return RobertaClassifier(cfg) if cfg.model_type == "roberta" else CausalLM(cfg)
+
+
+# -------------------------------------------------------------------------------- Hugging Face directories
+
+# Tensors that a file may hold beyond the model: what old files carry, and RoBERTa's pretraining heads.
+IGNORED = {"decoder": re.compile(r".*\.rotary_emb\.inv_freq"),
+           "roberta": re.compile(r"roberta\.embeddings\.position_ids|roberta\.pooler\..*|lm_head\..*")}
+TEXT_FILES = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json", "chat_template.jinja"]
+HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TEXT_FILES]
+
+
+def resolve(path):
+    """A local directory as it is; a hub id 'org/name' as the directory that huggingface_hub keeps it in."""
+    if (directory := Path(path)).is_dir():
+        return directory
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or directory.parent.is_dir():
+        raise ValueError(f"{path}: no such model directory")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
+    except Exception as error:      # many kinds, from "no network" to "gated": its first line says which
+        raise ValueError(f"{path}: no such directory, and not to be had from the hub: "
+                         f"{str(error).strip().splitlines()[0]}") from None
+
+
+def tensor_files(directory):
+    """The safetensors files of a checkpoint: a single one, or the shards that its index names."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise ValueError(f"{directory}: neither model.safetensors nor model.safetensors.index.json")
+    files = [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    if not files:
+        raise ValueError(f"{index}: no weight_map")
+    if absent := [file for file in files if not file.exists()]:
+        raise ValueError(f"{absent[0]}: shard named in {index.name}, not found")
+    return files
+
+
+def read_tensors(files, expected, ignored, dtype, device):
+    """
+    {key: tensor} from safetensors files, one tensor at a time into dtype and device. expected {key: shape},
+    ignored: a pattern of other keys. Every header is checked before a tensor is read; ValueError names both.
+    """
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as f:
+                found |= {key: (file, tuple(f.get_slice(key).get_shape())) for key in f.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+    for key, (file, shape) in found.items():
+        if key not in expected and not ignored.fullmatch(key):
+            raise ValueError(f"{file}: tensor {key} is not part of the model")
+        if key in expected and shape != expected[key]:
+            raise ValueError(f"{file}: tensor {key} has shape {shape}, the model expects {expected[key]}")
+    tensors = {}
+    for file in files:
+        with safe_open(file, "pt") as f:
+            for key in f.keys():
+                if key in expected:
+                    tensors[key] = f.get_tensor(key).to(device, dtype)
+    return tensors
+
+
+def load(path, dtype=torch.float32, device="cpu", num_labels=None):
+    """
+    The model of a Hugging Face directory or hub id, its weights in dtype on device, in eval mode, with its
+    config as `.cfg`. The keys in the files must be the model's, both ways, but for: a tied lm_head; rotary
+    tables and position ids that older files carry; RoBERTa's pooler and LM head; its classifier, which is
+    drawn from torch's random generator where the checkpoint has none (`fresh_head` is True then).
+    ValueError, in one line, names the file and the tensor.
+    """
+    directory = resolve(path)
+    file = directory / "config.json"
+    try:
+        with torch.device("meta"):
+            model = build(read_json(file), num_labels)
+    except ValueError as error:
+        raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+    cfg, files = model.cfg, tensor_files(directory)
+    expected = {key: tuple(t.shape) for key, t in model.state_dict().items()}
+    ignored = IGNORED["roberta" if cfg.model_type == "roberta" else "decoder"]
+    tensors = read_tensors(files, expected, ignored, dtype, device)
+    missing = [key for key in expected if key not in tensors]
+    if isinstance(model, CausalLM) and cfg.tie_word_embeddings:
+        missing = [key for key in missing if key != "lm_head.weight"]
+    model.fresh_head = bool(missing) and missing == head_names(model)
+    if model.fresh_head:
+        for key in missing:
+            tensors[key] = torch.zeros(expected[key], dtype=dtype, device=device)
+            if key.endswith("weight"):
+                tensors[key].normal_(0, getattr(cfg, "initializer_range", 0.02))
+    elif missing:
+        raise ValueError(f"{files[0] if len(files) == 1 else directory}: tensor {missing[0]} is missing"
+                         + f" (and {len(missing) - 1} more)" * (len(missing) > 1))
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if isinstance(model, CausalLM):
+        model.tie_weights()
+    return model.eval()
+
+
+def head_names(model):
+    """Tensors of the head that trains beside any adapter; none for models without one, transformers' too."""
+    head = getattr(model, "TRAINED_HEAD", None)
+    return [name for name in model.state_dict() if head and name.startswith(f"{head}.")]
+
+
+def pick_device(name):
+    """'auto' or torch's own names -> torch.device. ValueError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+
+
+def pick_dtype(name, device):
+    """'auto': bf16 where the GPU has it, else fp32."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, name)
+
+
+# -------------------------------------------------------------------------------- method files
 
 def method_files():
     """{name: file} of the method files: those in the root and in baselines/ that define inject."""
@@ -35,18 +240,19 @@ def load_method(name):
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"method {name!r}, expected one of {', '.join(known)}, or a path to a .py file")
     spec = importlib.util.spec_from_file_location(f"method_{file.stem}", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)     # torch.compile looks it up there
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)     # where torch.compile looks
     spec.loader.exec_module(module)
-    if not hasattr(module, "inject"):
-        raise ValueError(f"{file}: defines no inject, so it is not a method file")
+    for needed in ("inject", "merge", "DEFAULTS"):
+        if not hasattr(module, needed):
+            raise ValueError(f"{file}: defines no {needed}, so it is not a method file")
     return module
 
 
-# ------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------- files
 
 @contextmanager
 def new_directory(path):
-    """Yields a directory to fill, which takes the place of `path` at the end; an exception leaves `path` as it was."""
+    """Yields a directory to fill, which replaces `path` at the end; an exception leaves `path` as it was."""
     path = Path(path)
     part, old = (path.with_name(f".{path.name}.{end}-{os.getpid()}") for end in ("part", "old"))
     part.mkdir(parents=True)
@@ -71,10 +277,10 @@ def write_json(file, obj):
     Path(file).write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------ adapter
+# -------------------------------------------------------------------------------- adapter
 
 def adapter_tensors(model):
-    """{name: tensor}: every lora_ parameter and buffer, and what else trains (a classifier head; all, for `full`)."""
+    """{name: tensor}: every lora_ parameter and buffer, and what else trains (a head; all, for `full`)."""
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     return {name: t for name, t in model.state_dict().items()
             if name.rpartition(".")[2].startswith("lora_") or name in trains}
@@ -82,8 +288,8 @@ def adapter_tensors(model):
 
 def save_adapter(directory, model, record):
     """
-    Writes the adapter of an injected model. record: method, targets (a list of names), rank, alpha, dropout, the
-    method's own flags under "own", and the base model's name.
+    Writes the adapter of an injected model. record: method, targets (a list of names), rank, alpha, dropout,
+    the method's own flags under "own", and the base model's name.
     """
     tensors = {name: t.detach().contiguous() for name, t in adapter_tensors(model).items()}
     if not tensors:
@@ -95,7 +301,7 @@ def save_adapter(directory, model, record):
 
 @contextmanager
 def shapes_only(model):
-    """Linear weights are on the meta device inside: an injection that would decompose them has nothing to compute."""
+    """Linear weights are on the meta device inside: an injection has no weight that it could decompose."""
     weights = {m: m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     for m in weights:
         m.weight = nn.Parameter(m.weight.to("meta"), requires_grad=False)
@@ -108,8 +314,8 @@ def shapes_only(model):
 
 def load_adapter(model, directory):
     """
-    Injects the method that adapter_config.json names into a freshly loaded model, fills it -> (method, record).
-    ValueError names the file and the tensor; the model is of no use after it.
+    Injects the method that adapter_config.json names into a freshly loaded model, ours or transformers', and
+    fills it -> (method, record). ValueError names the file and the tensor; the model is of no use after it.
     """
     config, file = Path(directory, "adapter_config.json"), Path(directory, "adapter_model.safetensors")
     record = read_json(config)
@@ -120,41 +326,41 @@ def load_adapter(model, directory):
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
     method, device = load_method(record["method"]), next(model.parameters()).device
-    with shapes_only(model) if hasattr(method, "restore") else nullcontext():
-        method.inject(model, tuple(record["targets"]), record["rank"], record.get("alpha"), record.get("dropout", 0.0),
-                      **record.get("own", {}))
-    if hasattr(method, "restore"):
+    rebuilds = hasattr(method, "restore")
+    with shapes_only(model) if rebuilds else nullcontext():
+        method.inject(model, tuple(record["targets"]), record["rank"], record.get("alpha"),
+                      record.get("dropout", 0.0), **record.get("own", {}))
+    if rebuilds:
         try:
             method.restore(model, tensors)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-    if hasattr(model, "classifier"):        # which trains in fp32 beside any adapter
-        model.classifier.float()
-    expected = adapter_tensors(model)
-    head = {name: t for name, t in model.state_dict().items() if name.startswith("classifier.")}
-    if getattr(model, "fresh_head", False) or tensors.keys() & head.keys():
-        expected |= head        # a head that trained is in the file, and must be where the base has none
+    expected, head = adapter_tensors(model), head_names(model)
+    if head:                # it trains beside any adapter, in fp32
+        model.get_submodule(model.TRAINED_HEAD).float()
+        if model.fresh_head or tensors.keys() & set(head):      # trained it must be, where the base has none
+            expected |= {name: t for name, t in model.state_dict().items() if name in head}
     for name in sorted(tensors.keys() | expected.keys()):
         if name not in expected or name not in tensors:
-            raise ValueError(f"{file}: tensor {name} is {'missing' if name in expected else 'not part of this model'}")
+            what = "missing" if name in expected else "not part of this model"
+            raise ValueError(f"{file}: tensor {name} is {what}")
         if expected[name].shape != tensors[name].shape:
             raise ValueError(f"{file}: tensor {name} has shape {tuple(tensors[name].shape)}, "
                              f"the model expects {tuple(expected[name].shape)}")
-    if hasattr(method, "restore"):      # what is still on the meta device can only be assigned
+    if rebuilds:            # what is still on the meta device can only be assigned
         tensors = {name: t.to(device, expected[name].dtype) for name, t in tensors.items()}
-    model.load_state_dict(tensors, strict=False, assign=hasattr(method, "restore"))
+    model.load_state_dict(tensors, strict=False, assign=rebuilds)
     return method, record
 
 
-# ------------------------------------------------------------------------------------ merged model
+# -------------------------------------------------------------------------------- merged model
 
 def save_merged(directory, model, source):
     """
-    Writes a merged model (plain Linears, after method.merge) as a Hugging Face directory, in the dtype it is in.
-
-    source is the directory or hub id it was loaded from: tokenizer and generation files are copied; config.json too,
-    with its dtype set to what is written (transformers would otherwise load fp32 weights as bf16), and its labels
-    where a new classifier head has another number of them.
+    Writes a merged model (plain Linears, after method.merge) as a Hugging Face directory, in the dtype it is
+    in. source is the directory or hub id it was loaded from: tokenizer and generation files are copied;
+    config.json too, with its dtype set to what is written (transformers would otherwise load fp32 weights as
+    bf16), and its labels where a new classifier head has another number of them.
     """
     source, cfg = resolve(source), model.cfg
     weights = {name: t.detach() for name, t in model.state_dict().items()}

@@ -1,25 +1,27 @@
 """
-LLaMA (1 to 3.x), Qwen2 / Qwen2.5, Qwen3 and RoBERTa (sequence classification) in plain PyTorch.
+LLaMA (1 to 3.x), Qwen2 / Qwen2.5, Qwen3 and RoBERTa (sequence classification) in plain PyTorch, and decoding.
 
-Modules carry the names that Hugging Face uses, so its safetensors load with no key mapping.
+Modules carry the names that Hugging Face uses, so its safetensors load with no key mapping (checkpoint.py).
 
 Two layouts of tokens, in every model:
     padded  ids (b, t)                      rows of one length, or padded ones with `real` marking the tokens
-    packed  ids (n,), lengths [t1, t2, ..]  sequences laid end to end, n = t1 + t2 + ..: no padding is computed.
-            Linears, norms and the loss see one long row; positions restart and attention stays in each sequence.
+    packed  ids (n,), lengths [t1, t2, ..]  sequences laid end to end, n = t1 + t2 + ..: nothing is padded.
+            Linears, norms and the loss see one long row; positions restart and attention stays in a sequence.
 
-Shapes: b batch, t new tokens, s cached + new tokens, n packed tokens, d hidden, h query heads, g key/value heads,
-e head size, v vocabulary. `...` is (b, t) or (n).
+Shapes: b batch, t new tokens, s cached + new tokens, n packed tokens, d hidden, h query heads, g key/value
+heads, e head size, v vocabulary. `...` is (b, t) or (n).
+
+An example is (ids, start): tokens, supervised from `start` on; for a classifier (ids, label). What the two
+kinds of model do differently, they answer themselves:
+    KINDS                   kinds of task (data/) that the model fits
+    HEADS, TRAINED_HEAD     Linears that no method adapts; the module that trains beside any adapter, or None
+    supervised, losses      how many losses an example has; all of them, of a list of examples
 """
-import json
 import re
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
 DECODERS = ("llama", "qwen2", "qwen3")
@@ -33,33 +35,14 @@ TARGETS = {  # what --targets attention and --targets all mean: never embeddings
 
 
 def targets_of(model, targets):
-    """'all', 'attention' or a list such as 'q_proj,v_proj' -> names for inject. ValueError for none, or for a head."""
+    """'all', 'attention' or a list as 'q_proj,v_proj' -> names for inject. ValueError for none, or a head."""
     named = TARGETS[model.cfg.model_type]
-    found = named.get(targets) or tuple(re.findall(r"[\w.]+", targets))
-    if not found:
+    if not (found := named.get(targets) or tuple(re.findall(r"[\w.]+", targets))):
         raise ValueError(f"targets {targets!r}, expected {', '.join(named)}, or module names: q_proj,v_proj")
-    heads = ("classifier.dense", "classifier.out_proj") if hasattr(model, "classifier") else ("lm_head",)
-    for head in heads:
+    for head in model.HEADS:
         if any(f".{head}".endswith(f".{name}") for name in found):
             raise ValueError(f"targets {targets!r} match the head, {head}, which is not adapted")
     return found
-
-
-def pick_device(name):
-    """'auto' or torch's own names -> torch.device. ValueError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
-
-
-def pick_dtype(name, device):
-    """'auto': bf16 where the GPU has it, else fp32."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return getattr(torch, name)
 
 
 # ------------------------------------------------------------------------------------ attention
@@ -67,19 +50,19 @@ def pick_dtype(name, device):
 def attend(q, k, v, lengths=None, mask=None, causal=True, dropout=0.0):
     """
     Attention of q (..., t, h, e) over k, v (..., s, g, e) -> (..., t, h, e).
-    Packed tokens are taken one sequence at a time: cheaper than one block-diagonal mask, and nothing is padded.
+    Packed tokens are taken one sequence at a time: cheaper than a block-diagonal mask, and nothing is padded.
     """
     if lengths is not None:
         sequences = zip(*(x.unsqueeze(0).split(lengths, 1) for x in (q, k, v)))
         return torch.cat([attend(*qkv, causal=causal, dropout=dropout)[0] for qkv in sequences])
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                    # (b, heads, tokens, e)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                    # (b, heads, t, e)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None,
                                        dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
 
 
 def cached_mask(real, past, t):
-    """Who may look at whom, (b, 1, t, s): real (b, s) tokens that are not in the query's future, and oneself."""
+    """Who may look at whom, (b, 1, t, s): real (b, s) tokens not in the query's future, and oneself."""
     s = past + t
     query, key = torch.arange(past, s, device=real.device)[:, None], torch.arange(s, device=real.device)
     # A pad query sees itself: a softmax over nothing is NaN, and NaN spreads through the cache.
@@ -99,16 +82,17 @@ class RMSNorm(nn.Module):
 
 def rope_table(cfg, positions):
     """
-    cos and sin of the rotary angles at positions (...), each (..., 1, e), always fp32: in bf16, position 257 is 256.
+    cos and sin of the rotary angles at positions (...), each (..., 1, e), always fp32: bf16 has no 257.
     Llama 3's scaling leaves fast frequencies alone, divides slow ones by `factor` and blends in between.
     """
     rope = cfg.rope
-    freq = rope["rope_theta"] ** -(torch.arange(0, cfg.head_dim, 2, device=positions.device).float() / cfg.head_dim)
+    pair = torch.arange(0, cfg.head_dim, 2, device=positions.device).float()            # (e/2,)
+    freq = rope["rope_theta"] ** -(pair / cfg.head_dim)
     if rope["rope_type"] == "llama3":
         cycles = rope["original_max_position_embeddings"] * freq / (2 * torch.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         fast = ((cycles - low) / (high - low)).clamp(0, 1)                              # 1: keep, 0: divide
-        freq = fast * freq + (1 - fast) * freq / rope["factor"]                         # (e/2,)
+        freq = fast * freq + (1 - fast) * freq / rope["factor"]
     angle = positions[..., None, None].float() * freq                                   # (..., 1, e/2)
     return torch.cat((angle.cos(),) * 2, -1), torch.cat((angle.sin(),) * 2, -1)
 
@@ -169,6 +153,7 @@ class Block(nn.Module):
 
 
 class CausalLM(nn.Module):
+    KINDS, HEADS, TRAINED_HEAD = ("generate", "execute"), ("lm_head",), None
     checkpointing = False       # recompute activations in backward: less memory, about a quarter slower
 
     def __init__(self, cfg):
@@ -188,7 +173,7 @@ class CausalLM(nn.Module):
         return self.model.layers
 
     def new_cache(self, b, s):
-        """One (keys, values) pair a layer, each (b, s, g, e); zeros, since a masked NaN would still poison."""
+        """One (keys, values) pair a layer, each (b, s, g, e); zeros, as a masked NaN would still poison."""
         shape, W = (b, s, self.cfg.num_key_value_heads, self.cfg.head_dim), self.model.embed_tokens.weight
         return [(W.new_zeros(shape), W.new_zeros(shape)) for _ in self.model.layers]
 
@@ -221,6 +206,31 @@ class CausalLM(nn.Module):
             x = x.reshape(-1, x.shape[-1])[keep]
         return self.lm_head(self.model.norm(x))
 
+    def supervised(self, example):
+        """How many tokens of an example (ids, start) have a loss: nothing predicts the first one."""
+        ids, start = example
+        return len(ids) - max(start, 1)
+
+    def losses(self, examples):
+        """Cross-entropy (nats) of every supervised token of the examples, in order."""
+        ids, lengths, keep, labels = pack(examples, self.model.embed_tokens.weight.device)
+        return F.cross_entropy(self(ids, lengths, keep).float(), labels, reduction="none")
+
+
+def pack(examples, device):
+    """
+    Examples [(ids, start), ..] laid end to end -> what model(ids, lengths, keep) takes, keep being where the
+    logits predict a supervised token, and labels: those tokens.
+    """
+    ids, keep, labels = [], [], []
+    for tokens, start in examples:
+        start = max(start, 1)                                   # nothing predicts the first token
+        keep += range(len(ids) + start - 1, len(ids) + len(tokens) - 1)
+        labels += tokens[start:]
+        ids += tokens
+    ids, keep, labels = (torch.tensor(x, device=device) for x in (ids, keep, labels))
+    return ids, [len(tokens) for tokens, _ in examples], keep, labels
+
 
 def packed_positions(ids, lengths):
     """0, 1, 2, .. in every sequence: (t,) for rows of one length, (n,) for packed ones."""
@@ -234,13 +244,14 @@ def packed_positions(ids, lengths):
 class RobertaLayer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        d, eps, self.h = cfg.hidden_size, cfg.layer_norm_eps, cfg.num_attention_heads
+        d, f, self.h = cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads
         self.p, self.p_attention = cfg.hidden_dropout_prob, cfg.attention_probs_dropout_prob
+        norm = lambda: nn.LayerNorm(d, cfg.layer_norm_eps)
         self.attention = nn.ModuleDict(dict(
             self=nn.ModuleDict({name: nn.Linear(d, d) for name in ("query", "key", "value")}),
-            output=nn.ModuleDict(dict(dense=nn.Linear(d, d), LayerNorm=nn.LayerNorm(d, eps)))))
-        self.intermediate = nn.ModuleDict(dict(dense=nn.Linear(d, cfg.intermediate_size)))
-        self.output = nn.ModuleDict(dict(dense=nn.Linear(cfg.intermediate_size, d), LayerNorm=nn.LayerNorm(d, eps)))
+            output=nn.ModuleDict(dict(dense=nn.Linear(d, d), LayerNorm=norm()))))
+        self.intermediate = nn.ModuleDict(dict(dense=nn.Linear(d, f)))
+        self.output = nn.ModuleDict(dict(dense=nn.Linear(f, d), LayerNorm=norm()))
 
     def forward(self, x, lengths=None, mask=None):
         project, out = self.attention["self"], self.attention["output"]
@@ -252,18 +263,20 @@ class RobertaLayer(nn.Module):
 
 
 class RobertaClassifier(nn.Module):
+    KINDS, HEADS, TRAINED_HEAD = ("classify",), ("classifier.dense", "classifier.out_proj"), "classifier"
     checkpointing = False
 
     def __init__(self, cfg):
         super().__init__()
         d, self.cfg = cfg.hidden_size, cfg
+        layers = nn.ModuleList(RobertaLayer(cfg) for _ in range(cfg.num_hidden_layers))
         self.roberta = nn.ModuleDict(dict(
             embeddings=nn.ModuleDict(dict(
                 word_embeddings=nn.Embedding(cfg.vocab_size, d),
                 position_embeddings=nn.Embedding(cfg.max_position_embeddings, d),
                 token_type_embeddings=nn.Embedding(cfg.type_vocab_size, d),
                 LayerNorm=nn.LayerNorm(d, cfg.layer_norm_eps))),
-            encoder=nn.ModuleDict(dict(layer=nn.ModuleList(RobertaLayer(cfg) for _ in range(cfg.num_hidden_layers))))))
+            encoder=nn.ModuleDict(dict(layer=layers))))
         self.classifier = nn.ModuleDict(dict(dense=nn.Linear(d, d), out_proj=nn.Linear(d, cfg.num_labels)))
 
     def blocks(self):
@@ -277,7 +290,7 @@ class RobertaClassifier(nn.Module):
             positions, mask, first = real.cumsum(1) * real, real[:, None, None], (slice(None), 0)
         else:
             positions, mask = packed_positions(ids, lengths) + 1, None
-            first = torch.tensor([0, *lengths[:-1]], device=ids.device).cumsum(0)       # where each <s> stands
+            first = torch.tensor([0, *lengths[:-1]], device=ids.device).cumsum(0)   # where each <s> stands
         if (longest := int(positions.max())) + cfg.pad_token_id >= cfg.max_position_embeddings:
             raise ValueError(f"{longest} tokens in a sequence, the model has positions for "
                              f"{cfg.max_position_embeddings - cfg.pad_token_id - 1}")
@@ -293,239 +306,93 @@ class RobertaClassifier(nn.Module):
         x = torch.tanh(head["dense"](F.dropout(x, p, self.training)))
         return head["out_proj"](F.dropout(x, p, self.training))
 
+    def supervised(self, example):
+        return 1
 
-# ------------------------------------------------------------------------------------ config.json
+    def classify(self, examples):
+        """Logits (b, labels) of the examples [(ids, label), ..], which are laid end to end."""
+        ids = [token for tokens, _ in examples for token in tokens]
+        ids = torch.tensor(ids, device=next(self.parameters()).device)
+        return self(ids, [len(tokens) for tokens, _ in examples])
 
-def read_json(file):
-    """The object in a JSON file; ValueError names the file."""
-    try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: found a {type(found).__name__}, expected an object")
-    return found
+    def losses(self, examples):
+        """Cross-entropy (nats) of every example's label."""
+        logits = self.classify(examples)
+        labels = torch.tensor([label for _, label in examples], device=logits.device)
+        return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def rope_parameters(c):
+# ------------------------------------------------------------------------------------ decoding
+
+BATCH_TOKENS = 8192     # that one forward pass without gradient may see, pads and room for answers included
+STOP_EVERY = 16         # new tokens between two looks whether a row is finished
+
+
+def batches(sizes, budget=None):
+    """Index lists, longest first (memory peaks in the first), each with count * longest <= budget."""
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    while order:
+        count = max(1, (budget or BATCH_TOKENS) // max(1, sizes[order[0]]))
+        yield order[:count]
+        order = order[count:]
+
+
+def pick(logits, temperature=0.0, top_p=1.0):
+    """Next tokens (b,) from logits (b, v): the likeliest, or drawn from the likeliest that hold top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = torch.softmax(logits.float() / temperature, -1).sort(-1, descending=True)
+    p[p.cumsum(-1) - p >= top_p] = 0                            # the first is always kept
+    return order.gather(-1, torch.multinomial(p, 1))[:, 0]
+
+
+def pad_left(prompts, room, device):
+    """ids (b, t) of prompts padded on the left, and real (b, t + room), False at the pads."""
+    t = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), t, dtype=torch.long)
+    real = torch.ones(len(prompts), t + room, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        pads = t - len(prompt)
+        ids[row, pads:], real[row, :pads] = torch.tensor(prompt, dtype=torch.long), False
+    return ids.to(device), real.to(device)
+
+
+def generate_batch(model, prompts, max_new_tokens, eos, vocabulary, temperature, top_p, finished):
+    """New tokens (b, up to max_new_tokens) of one batch; a row goes on past its end until all have one."""
+    device, b, past, tokens = next(model.parameters()).device, len(prompts), 0, []
+    ids, real = pad_left(prompts, max_new_tokens, device)
+    cache = model.new_cache(b, real.shape[1])
+    stop, stopped = torch.tensor(eos, device=device), torch.zeros(b, dtype=torch.bool, device=device)
+    while len(tokens) < max_new_tokens and not stopped.all():
+        now = past + ids.shape[1]
+        last = torch.arange(1, b + 1, device=device) * ids.shape[1] - 1        # each row's newest token
+        logits = model(ids, keep=last, real=real[:, :now], cache=cache, past=past)[:, :vocabulary]
+        tokens.append(pick(logits, temperature, top_p))
+        stopped |= torch.isin(tokens[-1], stop)
+        if finished and len(tokens) % STOP_EVERY == 0:
+            rows = torch.stack(tokens, 1).tolist()
+            stopped |= torch.tensor([finished(row, ids) for row, ids in enumerate(rows)], device=device)
+        ids, past = tokens[-1][:, None], now
+    return torch.stack(tokens, 1)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, eos, vocabulary=None, temperature=0.0, top_p=1.0,
+             finished=None, each=None):
     """
-    {rope_type, rope_theta, ...} from either spelling: rope_theta + rope_scaling, or transformers 5's rope_parameters.
-    A theta of 10000 is assumed for LLaMA 1 and 2 alone, whose files state none.
+    Continuations, without the EOS, of prompts (lists of ids) -> lists of ids; greedy, or sampled.
+
+    Prompts of about one length share a batch, padded on the left; a row stops at any id of eos, or soon after
+    finished(i, ids) says so. Logits past `vocabulary` are masked: embeddings are often padded beyond what the
+    tokenizer can decode. each(i, ids) is told every row as soon as its batch is done.
     """
-    rope = {"rope_theta": c.get("rope_theta"), **(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    if rope["rope_type"] not in ("default", "llama3"):
-        raise ValueError(f"rope type {rope['rope_type']!r}, expected default or llama3")
-    if rope["rope_theta"] is None and c["model_type"] == "llama" and "rope_parameters" not in c:
-        rope["rope_theta"] = 10000.0
-    needed = ["rope_theta"]
-    if rope["rope_type"] == "llama3":
-        needed += ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    if absent := [key for key in needed if rope.get(key) is None]:
-        raise ValueError(f"rotary embedding without {', '.join(absent)}")
-    return rope
-
-
-def read_config(c, num_labels=None):
-    """
-    The object of a config.json, as a namespace with every field that the models read.
-    Raises ValueError on a model type, activation, rope type or attention pattern that is not implemented here.
-    """
-    kind = c.get("model_type")
-    if kind not in TARGETS:
-        raise ValueError(f"model_type {kind!r}, expected one of {', '.join(TARGETS)}")
-    expected = "gelu" if kind == "roberta" else "silu"
-    if (act := c.get("hidden_act", expected)) != expected:
-        raise ValueError(f"hidden_act {act!r}, expected {expected!r} for {kind}")
-    needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    needed += ["max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob",
-               "attention_probs_dropout_prob", "pad_token_id"] if kind == "roberta" else ["rms_norm_eps"]
-    if absent := [name for name in needed if c.get(name) is None]:
-        raise ValueError(f"no {absent[0]!r} for model_type {kind!r}")
-    cfg = SimpleNamespace(**c)
-    if kind == "roberta":
-        cfg.num_labels = num_labels or len(c.get("id2label") or "01")
-        if c.get("position_embedding_type", "absolute") != "absolute":
-            raise ValueError(f"position_embedding_type {c['position_embedding_type']!r}, expected 'absolute'")
-        return cfg
-    if c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ()):
-        raise ValueError("sliding-window attention is not implemented")
-    cfg.num_key_value_heads = c.get("num_key_value_heads") or c["num_attention_heads"]
-    cfg.head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-    cfg.o_bias = bool(c.get("attention_bias")) and kind != "qwen2"
-    cfg.qkv_bias = bool(c.get("attention_bias")) or kind == "qwen2"      # Qwen2's files do not mention its biases
-    cfg.mlp_bias, cfg.qk_norm = bool(c.get("mlp_bias")), kind == "qwen3"
-    cfg.tie_word_embeddings = bool(c.get("tie_word_embeddings"))
-    cfg.rope = rope_parameters(c)
-    return cfg
-
-
-def build(c, num_labels=None):
-    """The model that a config.json's object describes, with random weights (put it under torch.device('meta'))."""
-    cfg = read_config(c, num_labels)
-    return RobertaClassifier(cfg) if cfg.model_type == "roberta" else CausalLM(cfg)
-
-
-# ------------------------------------------------------------------------------------ checkpoints
-
-# Tensors that a file may hold beyond the model: what old files carry, and RoBERTa's pretraining heads.
-IGNORED = {"decoder": re.compile(r".*\.rotary_emb\.inv_freq"),
-           "roberta": re.compile(r"roberta\.embeddings\.position_ids|roberta\.pooler\..*|lm_head\..*")}
-TEXT_FILES = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-              "added_tokens.json", "chat_template.jinja"]
-HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TEXT_FILES]
-
-
-def resolve(path):
-    """A local directory as it is; a hub id 'org/name' as the directory that huggingface_hub keeps it in."""
-    if (directory := Path(path)).is_dir():
-        return directory
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or directory.parent.is_dir():
-        raise ValueError(f"{path}: no such model directory")
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
-    except Exception as error:      # many kinds, from "no network" to "gated": its first line says which
-        raise ValueError(f"{path}: no such directory, and not to be had from the hub: "
-                         f"{str(error).strip().splitlines()[0]}") from None
-
-
-def tensor_files(directory):
-    """The safetensors files of a checkpoint: a single one, or the shards that its index names."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        raise ValueError(f"{directory}: neither model.safetensors nor model.safetensors.index.json")
-    files = [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    if not files:
-        raise ValueError(f"{index}: no weight_map")
-    if absent := [file for file in files if not file.exists()]:
-        raise ValueError(f"{absent[0]}: shard named in {index.name}, not found")
-    return files
-
-
-def read_tensors(files, expected, ignored, dtype, device):
-    """
-    {key: tensor} from safetensors files, one tensor at a time into dtype and device.
-    expected {key: shape}, ignored: a pattern of other keys. Every header is checked before the first tensor is read;
-    ValueError names file and tensor.
-    """
-    found = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as f:
-                found |= {key: (file, tuple(f.get_slice(key).get_shape())) for key in f.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
-    for key, (file, shape) in found.items():
-        if key not in expected and not ignored.fullmatch(key):
-            raise ValueError(f"{file}: tensor {key} is not part of the model")
-        if key in expected and shape != expected[key]:
-            raise ValueError(f"{file}: tensor {key} has shape {shape}, the model expects {expected[key]}")
-    tensors = {}
-    for file in files:
-        with safe_open(file, "pt") as f:
-            for key in f.keys():
-                if key in expected:
-                    tensors[key] = f.get_tensor(key).to(device, dtype)
-    return tensors
-
-
-def load(path, dtype=torch.float32, device="cpu", num_labels=None):
-    """
-    The model of a Hugging Face directory or hub id, its weights in dtype on device, in eval mode; `.cfg` is its config.
-
-    The keys in the files must be those of the model, both ways, but for: a tied lm_head; rotary tables and position
-    ids that older files carry; RoBERTa's pooler and LM head; and RoBERTa's classifier, drawn anew from torch's random
-    generator where the checkpoint has none (then `fresh_head` is True).
-    Raises ValueError, in one line, that names the file and the tensor.
-    """
-    directory = resolve(path)
-    try:
-        with torch.device("meta"):
-            model = build(read_json(directory / "config.json"), num_labels)
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(text if text.startswith(str(directory)) else f"{directory / 'config.json'}: {text}") from None
-    cfg, files = model.cfg, tensor_files(directory)
-    expected = {key: tuple(t.shape) for key, t in model.state_dict().items()}
-    ignored = IGNORED["roberta" if cfg.model_type == "roberta" else "decoder"]
-    tensors = read_tensors(files, expected, ignored, dtype, device)
-    missing = [key for key in expected if key not in tensors]
-    if isinstance(model, CausalLM) and cfg.tie_word_embeddings:
-        missing = [key for key in missing if key != "lm_head.weight"]
-    model.fresh_head = bool(missing) and missing == [key for key in expected if key.startswith("classifier.")]
-    if model.fresh_head:
-        for key in missing:
-            tensors[key] = torch.zeros(expected[key], dtype=dtype, device=device)
-            if key.endswith("weight"):
-                tensors[key].normal_(0, getattr(cfg, "initializer_range", 0.02))
-    elif missing:
-        raise ValueError(f"{files[0] if len(files) == 1 else directory}: tensor {missing[0]} is missing"
-                         + f" (and {len(missing) - 1} more)" * (len(missing) > 1))
-    model.load_state_dict(tensors, strict=False, assign=True)
-    if isinstance(model, CausalLM):
-        model.tie_weights()
-    return model.eval()
-
-
-class Tokenizer:
-    """
-    tokenizer.json with the ids that Hugging Face keeps beside it.
-
-    bos   what the tokenizer's own post-processor puts before a text: [] for Qwen, [id] for LLaMA
-    eos   ids that end a text, from config.json and generation_config.json; eos[0] closes a training example
-    size  vocabulary, added tokens included; the embedding may be padded beyond it
-    longest  tokens that an encoder has positions for; None for the others, which have no table of them
-    """
-
-    def __init__(self, path, cfg):
-        from tokenizers import Tokenizer as Fast
-        directory = resolve(path)
-        file = directory / "tokenizer.json"
-        if not file.exists():
-            raise ValueError(f"{file}: no such file; expected a tokenizers file beside the weights")
-        try:
-            self.fast = Fast.from_file(str(file))
-        except Exception as error:      # the library raises bare Exception
-            raise ValueError(f"{file}: not a tokenizer ({error})") from None
-        self.fast.no_truncation()       # a saved file may hold either, and both are ours to do
-        self.fast.no_padding()
-        self.size = 1 + max(self.fast.get_vocab().values(), default=-1)
-        if self.size > cfg.vocab_size:
-            raise ValueError(f"{file}: {self.size} tokens, the model's embedding has {cfg.vocab_size}")
-        self.longest = cfg.max_position_embeddings - cfg.pad_token_id - 1 if cfg.model_type == "roberta" else None
-        as_list = lambda ids: [] if ids is None else ids if isinstance(ids, list) else [ids]
-        generation = directory / "generation_config.json"
-        listed = as_list(read_json(generation).get("eos_token_id")) if generation.exists() else []
-        self.eos = list(dict.fromkeys(as_list(getattr(cfg, "eos_token_id", None)) + listed))
-        if not self.eos:
-            raise ValueError(f"{directory}: no eos_token_id in config.json or generation_config.json")
-        whole, body = self.fast.encode("a").ids, self.encode("a")
-        self.bos = whole[:whole.index(body[0])]
-
-    def encode(self, text):
-        """Ids of the text alone: no BOS, no EOS."""
-        return self.fast.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids):
-        return self.fast.decode(ids)
-
-    def continuation(self, prompt, ids, special=False):
-        """Text of ids as they go on after a prompt's: a decoder may drop a space at the very start. special: and its names."""
-        last = prompt[-1:]
-        before = self.fast.decode(last, skip_special_tokens=not special)
-        return self.fast.decode([*last, *ids], skip_special_tokens=not special)[len(before):]
-
-    def pair(self, text, other=None, longest=None):
-        """Ids of a text, or of two, with all special tokens; of the longer one as much as the model has positions for."""
-        longest = min(length for length in (longest, self.longest) if length)
-        ids = self.fast.encode(text, other).ids
-        if len(ids) > longest:
-            self.fast.enable_truncation(longest)
-            ids = self.fast.encode(text, other).ids
-            self.fast.no_truncation()
-        return ids
+    out = [None] * len(prompts)
+    for chosen in batches([len(p) + max_new_tokens for p in prompts]):
+        done = finished and (lambda row, ids, chosen=chosen: finished(chosen[row], ids))
+        tokens = generate_batch(model, [prompts[i] for i in chosen], max_new_tokens, eos, vocabulary,
+                                temperature, top_p, done)
+        for i, row in zip(chosen, tokens.tolist()):
+            out[i] = row[:next((j for j, token in enumerate(row) if token in eos), None)]
+            if each:
+                each(i, out[i])
+    return out

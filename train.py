@@ -1,9 +1,9 @@
 """
 Fine-tune one model with one low-rank method on one task, on one GPU or CPU.
 
-    python train.py --method gfa --rank 8                                     # bundled model and task, about a minute
-    python train.py --method lora --model DIR --task boolq --data DIR         # a Hugging Face directory, your data sets
-    python train.py --method gfa --help                                       # that method's own flags are at the end
+    python train.py --method gfa --rank 8                              # bundled model and task, a minute
+    python train.py --method lora --model DIR --task boolq --data DIR  # a Hugging Face directory, your data
+    python train.py --method gfa --help                                # the method's own flags are at the end
 """
 import argparse
 import json
@@ -14,99 +14,49 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import checkpoint
-from evaluate import (
-    Parser,
-    check_kind,
-    eval_mode,
-    evaluate_sets,
-    example,
-    find_task,
-    metric_of,
-    missing,
-    nll,
-    supervised,
-    test_rows,
-    token_losses,
-)
-from model import Tokenizer, load, pick_device, pick_dtype, targets_of
-
-ROOT = Path(__file__).resolve().parent
-
-# Defaults by name; "tiny" holds wherever no --model is given. "NAME/METHOD" adds to "NAME" for that method.
-PRESETS = {
-    "tiny": dict(model=str(ROOT / "data" / "tiny"), task="arithmetic", lr=1e-2, batch_size=32, max_steps=240,
-                 warmup_steps=20, log_every=20),
-    "tiny/gfa": dict(lr=3e-2),
-    "tiny/full": dict(lr=1e-3),
-    "tiny/glora": dict(lr=5e-3, reinit_every="60s"),
-    "tiny/pissa": dict(lr=5e-3), "tiny/milora": dict(lr=5e-3), "tiny/rosa": dict(lr=5e-3, reinit_every="60s"),
-    "tiny/cps_lora": dict(lr=5e-3, max_steps=300, reinit_every=None, reinit_at=150),     # two stages, as in the paper
-}
-
-# CPS-LoRA, Tables 7 - 10: one learning rate a column, "" for "Other".
-for _model, _task, _rates in [
-        ("llama2-7b", "commonsense", {"cps_lora": 1e-4, "pissa": 2e-4, "": 1e-4}),
-        ("llama2-7b", "math", {"cps_lora": 3e-4, "pissa": 4e-4, "": 3e-4}),
-        ("llama3-8b", "commonsense", {"cps_lora": 4e-5, "pissa": 2e-4, "": 1e-4}),
-        ("llama3-8b", "math", {"cps_lora": 4e-5, "pissa": 2e-4, "": 1e-4}),
-        ("llama3-8b", "code", {"cps_lora": 4.5e-5, "": 5e-5}),
-        ("qwen2.5-1.5b", "commonsense", {"cps_lora": 1e-4, "pissa": 2e-4, "": 1e-4}),
-        ("qwen2.5-1.5b", "math", {"cps_lora": 5e-5, "": 3e-4}),
-        ("qwen2.5-1.5b", "code", {"cps_lora": 6e-5, "pissa": 4.5e-5, "gralora": 5e-5, "": 4e-5}),
-        ("llama2-13b", "commonsense", {"cps_lora": 1e-4, "pissa": 2e-4, "": 1e-4}),
-        ("llama2-13b", "math", {"cps_lora": 1e-4, "": 3e-4})]:
-    PRESETS[f"cps-{_task}-{_model}"] = dict(task=_task, rank=8, targets="attention", batch_size=4, epochs=2,
-                                            warmup_steps=500, lr=_rates.pop(""))
-    PRESETS |= {f"cps-{_task}-{_model}/{method}": dict(lr=lr) for method, lr in _rates.items()}
-
-# G-LoRA, Tables 9 - 12: r_g : r_l, the learning rate with the exact SVD and with a randomized one, those of the others.
-_common, _code = {"pissa": 2e-4, "rosa": 2e-4, "gralora": 2e-4, "": 1e-4}, {"milora": 3e-5, "denselora": 1e-5, "": 5e-5}
-for _task, _model, _ratio, _lr, _oversample, _randomized, _rates in [
-        ("commonsense", "llama2", "3:1", 1e-4, 4, 1e-4, _common), ("commonsense", "llama3-8b", "3:1", 1e-4, 4, 1e-4, _common),
-        ("math", "llama2", "1:3", 3e-4, 4, 3e-4, {"": 3e-4}), ("math", "llama3-8b", "3:1", 3e-4, 4, 3e-4, {"": 3e-4}),
-        ("code", "llama3-8b-instruct", "1:3", 2e-5, 8, 1e-5, _code), ("code", "qwen2.5-7b", "3:1", 1e-5, 8, 1e-5, _code)]:
-    for _name, _own in [(f"glora-{_task}-{_model}", dict(lr=_lr)),
-                        (f"glora-{_task}-{_model}-randomized", dict(lr=_randomized, svd="randomized", oversample=_oversample))]:
-        PRESETS[_name] = dict(task=_task, rank=8, targets="attention", batch_size=4, epochs=10, warmup_steps=500,
-                              dropout=0.05, val_rows=1200, lr=_rates[""])
-        PRESETS |= {f"{_name}/{method}": dict(lr=lr) for method, lr in _rates.items() if method}
-        PRESETS[f"{_name}/glora"] = dict(ratio=_ratio) | _own
-        PRESETS.setdefault(f"{_name}/rosa", {})["reinit_every"] = "2"       # Table 16: four
-        PRESETS[f"{_name}/spiel"] = dict(dropout=0.0)
-
-# GraLoRA, Table 5 and §4.1 (k by §3.4, Lion, cosine).
-for _model, _task, _lr, _epochs in [("llama3.1-8b", "code", 2e-4, 2), ("qwen2.5-1.5b", "commonsense", 2e-4, 2),
-                                    ("qwen2.5-7b", "commonsense", 4e-4, 2), ("llama3.1-70b", "commonsense", 3e-4, 1)]:
-    PRESETS[f"gralora-{_task}-{_model}"] = dict(task=_task, rank=64, batch_size=192, epochs=_epochs, lr=_lr,
-                                                optimizer="lion", schedule="cosine")
-    PRESETS[f"gralora-{_task}-{_model}/gralora"] = dict(k=0)
-
+import presets
+from data import tasks, text
+from evaluate import Parser, evaluate_sets, mean_loss, nll, shared_flags
+from model import targets_of
 
 # ------------------------------------------------------------------------------------ command line
 
 def parse(argv):
-    """Two passes: the first finds the method and the preset, whose defaults the second shows and may override."""
+    """-> args, method. Two passes: the first finds method and preset, the second has their defaults."""
     first = Parser(prog="train.py", add_help=False, allow_abbrev=False)
     names = ", ".join(checkpoint.method_files())
     first.add_argument("--method", default="lora", help=f"{names}, or a path to a .py file")
-    first.add_argument("--preset", help=f"defaults by name: {', '.join(p for p in PRESETS if '/' not in p)}")
+    first.add_argument("--preset", help=f"defaults by name: {', '.join(presets.PRESETS)}")
     first.add_argument("--model", "--base_model", "--model_name_or_path",
                        help="Hugging Face directory or hub id; none: the bundled model, with --preset tiny")
     early, _ = first.parse_known_args(argv)
+    name = early.preset or (None if early.model else "tiny")
     try:
         method = checkpoint.load_method(early.method)
+        shared, own, _ = presets.rows(name, method) if name else ({}, {}, None)
     except ValueError as error:
         first.error(error)
 
     p = Parser(prog="train.py", parents=[first], allow_abbrev=False, description=__doc__.split("\n")[1],
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_flags(p, method)
+    flags = vars(p.parse_args([]))
+    for rows in (getattr(method, "COMMON", {}), shared, own, dict(preset=name)):    # the later one holds
+        if unknown := [flag for flag in rows if flag not in flags]:
+            p.error(f"{method.__file__}: no flag --{unknown[0]}, for which it or preset {name} has a default")
+        p.set_defaults(**rows)
+    args = p.parse_args(argv)
+    check(p, args, method)
+    return args, method
+
+
+def add_flags(p, method):
     add, flag = p.add_argument, argparse.BooleanOptionalAction
     add("--rank", "--lora_r", type=int, default=8, help="rank r of the update")
     add("--alpha", "--lora_alpha", type=float, help="scale is alpha / rank; none: the method's own rule")
@@ -115,7 +65,7 @@ def parse(argv):
     add("--task", default="commonsense", help="family, set, or path to a .json / .jsonl of your own")
     add("--data", default=".", help="directory of the data sets")
     add("--train_rows", type=int, help="use the first N training rows")
-    add("--val_rows", type=int, default=0, help="split off N training rows; keeps the best adapter beside the last")
+    add("--val_rows", type=int, default=0, help="split off N training rows; keeps the best adapter, too")
     add("--epochs", "--num_epochs", type=float, default=3.0, help="passes over the training rows")
     add("--max_steps", type=int, help="optimizer steps, instead of --epochs")
     add("--lr", "--learning_rate", type=float, default=3e-4, help="peak learning rate")
@@ -126,98 +76,72 @@ def parse(argv):
     add("--optimizer", default="adamw", choices=["adamw", "lion"])
     add("--weight_decay", type=float, default=0.0)
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
-    add("--max_len", "--cutoff_len", type=int, default=512, help="tokens per example; a longer prompt loses its start")
-    add("--train_on_prompt", action=flag, default=False, help="loss on the prompt too, not on the answer alone")
-    add("--reinit_every", help="re-initialise every N epochs ('2', '0.5') or steps ('60s'); only where the method does")
+    add("--max_len", "--cutoff_len", type=int, default=512,
+        help="tokens per example; a longer prompt loses its start")
+    add("--train_on_prompt", action=flag, default=False, help="loss on the prompt, too")
+    add("--reinit_every", help="re-initialise every N epochs ('2', '0.5') or steps ('60s')")
     add("--reinit_at", type=int, help="one re-initialisation after N steps")
     add("--seed", type=int, default=42)
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the frozen model")
-    add("--device", default="auto")
     add("--compile", action=flag, default=False, help="torch.compile the blocks; needs a C++ compiler")
     add("--checkpointing", action=flag, default=False, help="recompute activations: less memory, slower")
     add("--eval_limit", type=int, help="evaluate on the first N rows of each set")
     add("--eval_every", type=int, help="validation loss every N steps; none: every epoch, with --val_rows")
-    add("--rule", default="strict", choices=["strict", "paper"], help="how answers are read off (math); paper: as LLM-Adapters")
-    add("--allow_code_execution", action=flag, default=False, help="run the generated code to score it, see data/sandbox.py")
     add("--eval_before", action=flag, default=True, help="evaluate before training, too")
     add("--log_every", type=int, default=10)
     add("--save_steps", type=int, help="save the adapter every N steps")
-    add("--merge", action=flag, default=False, help="also write the merged model, as a Hugging Face directory")
+    add("--merge", action=flag, default=False, help="also write the merged model, a Hugging Face directory")
     add("--out_dir", "--output_dir", help="none: runs/<task>-<method>-r<rank>-<time>")
     add("--overwrite", action=flag, default=False, help="replace the run that is in out_dir")
-    own = p.add_argument_group(f"{early.method}'s own")
-    for name, (default, text, *choices) in method.DEFAULTS.items():
-        kind = dict(type=type(default), choices=choices[0] if choices else None)
-        kind = dict(action=flag) if isinstance(default, bool) else kind
-        own.add_argument(f"--{name}", default=default, help=text, **kind)
-
-    # command line > preset > the method's COMMON > the defaults above
-    p.set_defaults(**getattr(method, "COMMON", {}))
-    preset = early.preset or (None if early.model else "tiny")
-    if preset is not None:
-        if preset not in PRESETS or "/" in preset:
-            p.error(f"preset {preset!r}, expected one of {', '.join(name for name in PRESETS if '/' not in name)}")
-        p.set_defaults(**PRESETS[preset] | PRESETS.get(f"{preset}/{Path(early.method).stem}", {}), preset=preset)
-    args = p.parse_args(argv)
-    check(p, args, method)
-    return args, method
+    shared_flags(p)
+    add = p.add_argument_group(f"{Path(method.__file__).name}'s own").add_argument
+    for name, (default, words, *choices) in method.DEFAULTS.items():
+        kind = dict(action=flag) if isinstance(default, bool) else dict(type=type(default))
+        if choices:
+            kind["choices"] = choices[0]
+        try:
+            add(f"--{name}", default=default, help=words, **kind)
+        except argparse.ArgumentError:
+            p.error(f"{method.__file__}: DEFAULTS has {name!r}, which is a common flag already")
 
 
 def check(p, args, method):
     """What argparse cannot see for itself; exits 2."""
-    if args.model is None:
-        p.error(f"preset {args.preset!r} names no model: give --model")
-    least = dict(batch_size=1, micro_batch_size=1, max_steps=1, max_len=2, log_every=1, save_steps=1, eval_every=1,
-                 eval_limit=1, train_rows=1, reinit_at=1, rank=1, val_rows=0, warmup_steps=0, weight_decay=0, grad_clip=0)
+    least = dict(batch_size=1, micro_batch_size=1, max_steps=1, max_len=2, log_every=1, save_steps=1,
+                 eval_every=1, eval_limit=1, train_rows=1, reinit_at=1, rank=1,
+                 val_rows=0, warmup_steps=0, weight_decay=0, grad_clip=0)
     for name, smallest in least.items():
         if getattr(args, name) is not None and not getattr(args, name) >= smallest:
             p.error(f"--{name} {getattr(args, name)}, expected at least {smallest}")
-    args.micro_batch_size = args.micro_batch_size or args.batch_size
-    if args.batch_size % args.micro_batch_size:
-        p.error(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size {args.micro_batch_size}")
-    if not 0 <= args.dropout < 1:
-        p.error(f"--dropout {args.dropout}, expected 0 <= dropout < 1")
-    if args.epochs <= 0 or args.lr <= 0:
-        p.error(f"--epochs {args.epochs:g} --lr {args.lr:g}, expected both above 0")
-    if args.merge and hasattr(method, "NOT_MERGEABLE"):
-        p.error(f"--merge: {method.NOT_MERGEABLE}")
-    if args.eval_every and not args.val_rows:
-        p.error("--eval_every computes the validation loss: it needs --val_rows")
-    if (args.reinit_every or args.reinit_at) and not hasattr(method, "reinit"):
-        p.error(f"--reinit_every, --reinit_at: {args.method} does not re-initialise")
+    args.micro_batch_size = micro = args.micro_batch_size or args.batch_size
+    for wrong, message in [
+            (args.model is None, f"preset {args.preset!r} names no model: give --model"),
+            (args.batch_size % micro,
+             f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size {micro}"),
+            (not 0 <= args.dropout < 1, f"--dropout {args.dropout}, expected 0 <= dropout < 1"),
+            (not args.epochs > 0, f"--epochs {args.epochs:g}, expected more than 0"),
+            (not args.lr > 0, f"--lr {args.lr:g}, expected more than 0"),
+            (args.merge and hasattr(method, "NOT_MERGEABLE"),
+             f"--merge: {getattr(method, 'NOT_MERGEABLE', '')}"),
+            (args.eval_every and not args.val_rows,
+             "--eval_every computes the validation loss: it needs --val_rows"),
+            ((args.reinit_every or args.reinit_at) and not hasattr(method, "reinit"),
+             f"--reinit_every, --reinit_at: {args.method} does not re-initialise")]:
+        if wrong:
+            p.error(message)
 
 
 # ------------------------------------------------------------------------------------ pieces of the loop
 
-def encode(tokenizer, rows, max_len, train_on_prompt=False):
-    """
-    [(ids, start)] of prompt + answer + EOS, supervised from `start`, or [(ids, label)]; and how many rows were cut.
-    A long prompt loses its beginning (not its BOS), so that the answer and its EOS stay whole where they can.
-    """
-    examples, cut = [], 0
-    for row in rows:
-        if "label" in row:
-            ids = tokenizer.pair(row["text"], row["pair"], max_len)
-            if len(ids) >= min(max_len, tokenizer.longest):     # else surely whole: most rows are encoded once
-                cut += len(ids) < len(tokenizer.fast.encode(row["text"], row["pair"]).ids)
-            examples.append((ids, row["label"]))
-            continue
-        ids, start = example(tokenizer, row)
-        if (over := len(ids) - max_len) > 0:
-            bos = len(tokenizer.bos)
-            dropped = min(over, start - bos)
-            ids, start, cut = (ids[:bos] + ids[bos + dropped:])[:max_len], start - dropped, cut + 1
-        examples.append((ids, 0 if train_on_prompt else start))
-    return examples, cut
+VALIDATION = 2**32 - 1      # as an epoch, one that never comes: its order says which rows are held out
 
 
 def order(seed, epoch, n):
-    """The order of the n examples in an epoch, a pure function of (seed, epoch): a resumed run sees the same."""
+    """The order of n examples in an epoch, a pure function of (seed, epoch): a resumed run sees the same."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def lr_at(step, steps, warmup, schedule):
-    """Factor of the peak learning rate at step 0 .. steps - 1: linear warm-up, then down to 0, or constant."""
+    """Factor of the peak learning rate at step 0 .. steps - 1: warm-up, then down to 0 or constant."""
     if step < warmup:
         return (step + 1) / warmup
     left = (steps - step) / max(1, steps - warmup)                          # from 1 to nearly 0
@@ -225,7 +149,7 @@ def lr_at(step, steps, warmup, schedule):
 
 
 def reinit_steps(every, at, steps, steps_per_epoch):
-    """After which steps (1 .. steps) to re-initialise; never after the last, whose factors would not train."""
+    """After which steps to re-initialise; never after the last one, as the new factors would not train."""
     found = {at} if at else set()
     if every:
         number, unit = (every[:-1], 1) if every.endswith("s") else (every, steps_per_epoch)
@@ -234,13 +158,16 @@ def reinit_steps(every, at, steps, steps_per_epoch):
         except ValueError:
             period = 0
         if not 1 <= period < math.inf:
-            raise ValueError(f"reinit_every {every!r}, expected epochs such as '2' or '0.5', or steps such as '60s'")
+            raise ValueError(f"reinit_every {every!r}, expected epochs, '2' or '0.5', or steps, '60s'")
         found |= {round(i * period) for i in range(1, int(steps / period) + 1)}
     return {step for step in found if step < steps}
 
 
 class Lion(torch.optim.Optimizer):
-    """Lion (Chen et al. 2023) with decoupled weight decay, as in GraLoRA's scripts: half of Adam's state."""
+    """
+    Lion (Chen et al. 2023): half of Adam's state. As in GraLoRA's scripts weight decay follows the schedule,
+    but not the peak learning rate: another rate does not decay more.
+    """
 
     def __init__(self, params, lr, weight_decay=0.0, betas=(0.9, 0.95)):
         super().__init__(params, dict(lr=lr, initial_lr=lr, weight_decay=weight_decay, betas=betas))
@@ -258,9 +185,8 @@ class Lion(torch.optim.Optimizer):
 def make_optimizer(method, args, params):
     if hasattr(method, "make_optimizer"):
         return method.make_optimizer(params, args.lr, args.weight_decay)
-    if args.optimizer == "lion":
-        return Lion(params, args.lr, args.weight_decay)
-    return torch.optim.AdamW(params, args.lr, weight_decay=args.weight_decay)
+    kind = Lion if args.optimizer == "lion" else torch.optim.AdamW
+    return kind(params, args.lr, weight_decay=args.weight_decay)
 
 
 def backward(model, batch, micro_batch_size):
@@ -268,14 +194,12 @@ def backward(model, batch, micro_batch_size):
     Gradient of the mean loss over the batch's supervised tokens -> (that loss, tokens seen).
     Each micro-batch counts by its supervised tokens, so the gradient does not depend on micro_batch_size.
     """
-    count = sum(supervised(model, one) for one in batch)
-    total, seen = 0.0, 0
+    count, total = sum(map(model.supervised, batch)), 0.0
     for i in range(0, len(batch), micro_batch_size):
-        some = batch[i:i + micro_batch_size]
-        loss = token_losses(model, some).sum() / count
+        loss = model.losses(batch[i:i + micro_batch_size]).sum() / count
         loss.backward()
-        total, seen = total + loss.detach(), seen + sum(len(ids) for ids, _ in some)
-    return total.item(), seen
+        total += loss.detach()
+    return total.item(), sum(len(ids) for ids, _ in batch)
 
 
 def check_finite(model, step, loss, norm):
@@ -290,7 +214,7 @@ def check_finite(model, step, loss, norm):
 
 
 def peak_memory_mb(device):
-    """Peak memory: the GPU's allocations, or the process's resident set (0 where the system does not tell)."""
+    """Peak of the GPU's allocations, or of the process's resident set (0 where the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -302,107 +226,133 @@ def peak_memory_mb(device):
 
 # ------------------------------------------------------------------------------------ set-up
 
-def prepare(args, method):
-    """Everything that bad input can stop, before anything is written. ValueError or OSError, in one line."""
-    run = SimpleNamespace()
+def check_out(args):
+    """-> the run's directory. ValueError where it holds something that must not be replaced."""
     default = f"{Path(args.task).stem}-{Path(args.method).stem}-r{args.rank}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run.out = Path(args.out_dir or Path("runs") / default)
-    if run.out.exists() and (not run.out.is_dir() or any(run.out.iterdir())):
-        if not (run.out / "args.json").is_file():
-            raise ValueError(f"{run.out}: exists and holds something else than a run")
-        if not args.overwrite:
-            raise ValueError(f"{run.out}: holds another run; --overwrite replaces it")
-        if run.out.resolve() in Path(args.model).resolve().parents:
-            raise ValueError(f"{run.out}: holds the model {args.model}, which --overwrite would delete")
+    out = Path(args.out_dir or Path("runs") / default)
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+        return out
+    if not (out / "args.json").is_file():
+        raise ValueError(f"{out}: exists and holds something else than a run")
+    if not args.overwrite:
+        raise ValueError(f"{out}: holds another run; --overwrite replaces it")
+    if out.resolve() in Path(args.model).resolve().parents:
+        raise ValueError(f"{out}: holds the model {args.model}, which --overwrite would delete")
+    return out
 
-    run.module, names = find_task(args.task)
-    run.sets, run.absent = test_rows(run.module, names, args.data, args.eval_limit)
-    rows = run.module.rows(args.data, args.task, "train")[:args.train_rows]
-    if args.val_rows >= len(rows):
-        raise ValueError(f"val_rows {args.val_rows}, there are {len(rows)} training rows")
-    torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    labels = len(run.module.TASKS[args.task]["labels"]) if run.module.KIND == "classify" else None
-    run.model = load(args.model, pick_dtype(args.dtype, device), device, labels)
-    check_kind(run.model, run.module)
-    run.tokenizer = Tokenizer(args.model, run.model.cfg)
-    run.train, run.cut = encode(run.tokenizer, rows, args.max_len, args.train_on_prompt)
-    held = set(order(args.seed, -1 % 2**32, len(rows))[:args.val_rows].tolist())
-    run.val = [run.train[i] for i in sorted(held)]
-    run.train = [e for i, e in enumerate(run.train) if i not in held]
 
-    run.steps_per_epoch = math.ceil(len(run.train) / args.batch_size)
-    run.steps = args.max_steps or math.ceil(args.epochs * run.steps_per_epoch)
-    run.reinits = reinit_steps(args.reinit_every, args.reinit_at, run.steps, run.steps_per_epoch)
-    targets = targets_of(run.model, args.targets)
+def adapt(args, method, model):
+    """Injects the method, and unfreezes a classifier's head -> what an adapter's file says of itself."""
+    targets = targets_of(model, args.targets)
     own = {name: getattr(args, name) for name in method.DEFAULTS}
+    method.inject(model, targets, args.rank, args.alpha, args.dropout, **own)
+    if model.TRAINED_HEAD:                      # beside any adapter, in fp32 as they are
+        model.get_submodule(model.TRAINED_HEAD).float().requires_grad_(True)
     known = args.method in checkpoint.method_files()
-    run.record = dict(method=args.method if known else str(Path(args.method).resolve()), targets=targets, rank=args.rank,
-                      alpha=args.alpha, dropout=args.dropout, own=own, model=str(args.model))
-    run.size = sum(p.numel() for p in run.model.parameters())
-    method.inject(run.model, targets, args.rank, args.alpha, args.dropout, **own)
-    if hasattr(run.model, "classifier"):        # trains beside any adapter, in fp32 as they do
-        run.model.classifier.float().requires_grad_(True)
-    run.params = [p for p in run.model.parameters() if p.requires_grad]
-    run.optimizer = make_optimizer(method, args, run.params)
-    return run
+    return dict(method=args.method if known else str(Path(args.method).resolve()), targets=targets,
+                rank=args.rank, alpha=args.alpha, dropout=args.dropout, own=own, model=str(args.model))
 
 
-def describe(args, run):
-    """The first lines: what is adapted, on what, in which portions."""
-    trainable, tokens = sum(p.numel() for p in run.params), sum(len(ids) for ids, _ in run.train)
-    head = sum(p.numel() for p in run.model.classifier.parameters()) if hasattr(run.model, "classifier") else 0
-    trainable -= head       # adapters are counted without the head, as in GFA's tables
-    adapted = sum(hasattr(m, "delta") for m in run.model.modules())
-    print(f"{args.method}: {f'{adapted} modules' if adapted else 'all weights'}, {trainable:,} trainable parameters, "
-          f"{100 * trainable / run.size:.3f} % of the model's {run.size:,}" + (f", and {head:,} of its head" if head else ""))
+def describe(args, method, model, examples, cut, steps, epoch_steps):
+    """Prints the first lines: what is adapted, on what, in which portions -> how many parameters train."""
+    count = lambda parameters: sum(p.numel() for p in parameters)
+    size = count(p for name, p in model.named_parameters() if not name.rpartition(".")[2].startswith("lora_"))
+    head = count(model.get_submodule(model.TRAINED_HEAD).parameters()) if model.TRAINED_HEAD else 0
+    trainable = count(p for p in model.parameters() if p.requires_grad) - head      # as GFA's tables count
+    adapted = sum(hasattr(m, "delta") for m in model.modules())
+    print(f"{args.method}: {f'{adapted} modules' if adapted else 'all weights'}, "
+          f"{trainable:,} trainable parameters, {100 * trainable / size:.3f} % of the model's {size:,}"
+          + (f", and {head:,} of its head" if head else ""))
     print(f"batch {args.micro_batch_size} x {args.batch_size // args.micro_batch_size} = {args.batch_size}, "
-          f"{run.steps} steps of {run.steps_per_epoch} an epoch, peak learning rate {args.lr:g}")
-    print(f"{len(run.train)} examples, {tokens:,} tokens, {run.cut} truncated to {args.max_len}", flush=True)
+          f"{steps} steps of {epoch_steps} an epoch, peak learning rate {args.lr:g}")
+    tokens = sum(len(ids) for ids, _ in examples)
+    print(f"{len(examples)} examples, {tokens:,} tokens, {cut} truncated to {args.max_len}", flush=True)
+    if args.preset:
+        _, own, owner = presets.rows(args.preset, method)
+        own = ", ".join(f"{flag} {getattr(args, flag)}" for flag in own) or "nothing"
+        print(f"preset {args.preset}; of {owner} alone: {own}")
     return trainable
 
 
 def environment(device):
-    try:
-        git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    except OSError:
-        git = ""
+    git = shutil.which("git") and subprocess.run(["git", "-C", str(checkpoint.ROOT), "rev-parse", "HEAD"],
+                                                 capture_output=True, text=True).stdout.strip()
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                platform=platform.platform(), threads=torch.get_num_threads(), commit=git.strip() or None,
+                platform=platform.platform(), threads=torch.get_num_threads(), commit=git or None,
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
 
 
 # ------------------------------------------------------------------------------------ the run
 
+def measure(when, args, model, tokenizer, task, sets, out):
+    """Evaluates "before" or "after", prints, writes the outputs -> what summary.json has of it."""
+    print(f"{when} training")
+    name_file = lambda name: out / "eval" / f"{Path(name).stem}.{when}.jsonl"
+    table = evaluate_sets(model, tokenizer, task, sets, name_file, rule=args.rule,
+                          execute=args.allow_code_execution)
+    found = {when: table.pop("main", {}), f"loss_{when}": table.pop("loss")["mean"]}
+    if "majority" in table:
+        found["majority"] = table.pop("majority")
+    metrics = {tasks.metric_of(task, name) for name in sets}
+    if len(metrics) == 1:                       # it is "main" once more
+        table.pop(metrics.pop(), None)
+    return found | {f"{when}_{name}": values for name, values in table.items()}
+
+
+def log(out, bar, line):
+    """A line of metrics.jsonl, and of the screen."""
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(line) + "\n")
+    words = (f"step {line['step']:5}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  "
+             f"grad {line['grad_norm']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
+    bar.set_postfix_str(words) if not bar.disable else print(words, flush=True)
+
+
+def validate(model, examples, step, summary, out, record):
+    """The validation loss, into the summary; the adapter with the least so far is kept as adapter-best."""
+    last = summary["last"] = dict(step=step, loss_val=mean_loss(nll(model, examples)))
+    tqdm.write(f"step {step:5}  validation loss {last['loss_val']:.4f}")
+    if "best" not in summary or last["loss_val"] < summary["best"]["loss_val"]:
+        summary["best"] = last
+        checkpoint.save_adapter(out / "adapter-best", model, record)
+
+
 def main(argv=None):
     args, method = parse(argv)
-    try:
-        run = prepare(args, method)
+    try:        # all that bad input can stop, before anything is written
+        out = check_out(args)
+        task, names = tasks.find_task(args.task)
+        sets, absent = tasks.test_rows(task, names, args.data, args.eval_limit)
+        rows = task.rows(args.data, args.task, "train")[:args.train_rows]
+        if args.val_rows >= len(rows):
+            raise ValueError(f"val_rows {args.val_rows}, there are {len(rows)} training rows")
+        torch.manual_seed(args.seed)        # a new classification head, what inject draws, dropout
+        device = checkpoint.pick_device(args.device)
+        dtype, labels = checkpoint.pick_dtype(args.dtype, device), tasks.labels_of(task, args.task)
+        model = checkpoint.load(args.model, dtype, device, labels)
+        tasks.check_kind(model, task)
+        tokenizer = text.Tokenizer(args.model, model.cfg)
+        examples, cut = text.encode(tokenizer, rows, args.max_len, args.train_on_prompt)
+        held = set(order(args.seed, VALIDATION, len(rows))[:args.val_rows].tolist())
+        held_out = [example for i, example in enumerate(examples) if i in held]
+        examples = [example for i, example in enumerate(examples) if i not in held]
+        epoch_steps = math.ceil(len(examples) / args.batch_size)
+        steps = args.max_steps or math.ceil(args.epochs * epoch_steps)
+        reinits = reinit_steps(args.reinit_every, args.reinit_at, steps, epoch_steps)
+        record = adapt(args, method, model)
+        optimizer = make_optimizer(method, args, [p for p in model.parameters() if p.requires_grad])
     except (ValueError, OSError) as error:
         Parser(prog="train.py").error(error)
-    model, tokenizer, optimizer, out = run.model, run.tokenizer, run.optimizer, run.out
-    device = next(model.parameters()).device
-    trainable = describe(args, run)
-    if (out / "args.json").exists():        # --overwrite, see prepare
+    trainable = describe(args, method, model, examples, cut, steps, epoch_steps)
+    if (out / "args.json").exists():        # --overwrite, see check_out
         shutil.rmtree(out)
     (out / "eval").mkdir(parents=True)
     checkpoint.write_json(out / "args.json", vars(args))
     checkpoint.write_json(out / "env.json", environment(device))
-    summary = dict(task=args.task, method=args.method, rank=args.rank, trainable=trainable, steps=run.steps)
-
-    def measure(when):
-        table = evaluate_sets(model, tokenizer, run.module, run.sets, lambda name: out / "eval" / f"{Path(name).stem}.{when}.jsonl",
-                              rule=args.rule, execute=args.allow_code_execution)
-        summary[when], summary[f"loss_{when}"] = table.pop("main", {}), table.pop("loss")["mean"]
-        if "majority" in table:
-            summary["majority"] = table.pop("majority")
-        own = {metric_of(run.module, name) for name in run.sets}
-        summary.update({f"{when}_{measure}": values for measure, values in table.items() if {measure} != own})
-
+    summary = dict(task=args.task, method=args.method, rank=args.rank, trainable=trainable, steps=steps)
     started = time.perf_counter()
     if args.eval_before:
-        print("before training")
-        measure("before")
+        summary |= measure("before", args, model, tokenizer, task, sets, out)
 
     model.checkpointing = args.checkpointing
     if args.compile:
@@ -411,69 +361,54 @@ def main(argv=None):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model.train()
-    best, training_seconds, training_tokens, since, tokens = None, 0.0, 0, time.perf_counter(), 0
-    validate_every = args.eval_every or run.steps_per_epoch
-    bar = tqdm(total=run.steps, disable=None, desc="train")
-    for step in range(1, run.steps + 1):
-        epoch, position = divmod(step - 1, run.steps_per_epoch)
+    bar = tqdm(total=steps, disable=None, desc="train")
+    pace = []                               # (tokens, seconds) of each step
+    speed = lambda pace: sum(tokens for tokens, _ in pace) / sum(seconds for _, seconds in pace)
+    for step in range(1, steps + 1):
+        began = time.perf_counter()
+        epoch, position = divmod(step - 1, epoch_steps)
         if position == 0:
-            shuffled = order(args.seed, epoch, len(run.train))
+            shuffled = order(args.seed, epoch, len(examples))
         chosen = shuffled[position * args.batch_size:(position + 1) * args.batch_size]
-        loss, seen = backward(model, [run.train[i] for i in chosen], args.micro_batch_size)
+        loss, seen = backward(model, [examples[i] for i in chosen], args.micro_batch_size)
         if hasattr(method, "observe"):
-            method.observe(model, step, run.steps)
+            method.observe(model, step, steps)
+        # Of the optimizer, at every step anew: a re-initialisation may have replaced some.
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         check_finite(model, step, loss, norm.item())
         if args.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(params, args.grad_clip, norm)
-        factor = lr_at(step - 1, run.steps, args.warmup_steps, args.schedule)
+        factor = lr_at(step - 1, steps, args.warmup_steps, args.schedule)
         for group in optimizer.param_groups:        # a method's own optimizer may have a rate for each group
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         optimizer.step()
         optimizer.zero_grad()
-        if step in run.reinits:
+        if step in reinits:
             method.reinit(model, optimizer)
-            if args.compile:        # new shapes: they would add up to dynamo's limit, and it falls back to eager
+            adapted = sum(hasattr(m, "delta") for m in model.modules())
+            tqdm.write(f"step {step}: re-initialised, {adapted} modules")
+            if args.compile:        # new shapes add up to dynamo's limit, where it falls back to eager
                 torch.compiler.reset()
-        tokens += seen
+        pace.append((seen, time.perf_counter() - began))
         bar.update()
 
-        if step % args.log_every == 0 or step == run.steps:
-            elapsed = time.perf_counter() - since
-            line = dict(step=step, loss=loss, lr=args.lr * factor, grad_norm=norm.item(),
-                        tokens_per_second=tokens / elapsed, peak_memory_mb=peak_memory_mb(device))
-            training_seconds, training_tokens = training_seconds + elapsed, training_tokens + tokens
-            with open(out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
-            text = (f"step {step:5}  loss {loss:.4f}  lr {line['lr']:.2e}  grad {norm:.3f}  "
-                    f"{line['tokens_per_second']:,.0f} tokens/s")
-            bar.set_postfix_str(text) if not bar.disable else print(text, flush=True)
-            since, tokens = time.perf_counter(), 0
-        if run.val and (step % validate_every == 0 or step == run.steps):
-            paused = time.perf_counter()
-            with eval_mode(model):
-                parts = nll(model, run.val)
-            value = sum(total for total, _ in parts) / sum(count for _, count in parts)
-            summary["last"] = dict(step=step, loss_val=value)
-            tqdm.write(f"step {step:5}  validation loss {value:.4f}")
-            if best is None or value < best["loss_val"]:
-                best = dict(step=step, loss_val=value)
-                checkpoint.save_adapter(out / "adapter-best", model, run.record)
-            since += time.perf_counter() - paused
+        if step % args.log_every == 0 or step == steps:
+            log(out, bar, dict(step=step, loss=loss, lr=args.lr * factor, grad_norm=norm.item(),
+                               tokens_per_second=speed(pace[-args.log_every:]),
+                               peak_memory_mb=peak_memory_mb(device)))
+        if held_out and (step % (args.eval_every or epoch_steps) == 0 or step == steps):
+            validate(model, held_out, step, summary, out, record)
         if args.save_steps and step % args.save_steps == 0:
-            checkpoint.save_adapter(out / "adapter", model, run.record | {"step": step})
+            checkpoint.save_adapter(out / "adapter", model, record | {"step": step})
     bar.close()
 
-    checkpoint.save_adapter(out / "adapter", model, run.record | {"step": run.steps})
-    print("after training")
-    measure("after")
-    if run.absent:
-        summary["absent"] = run.absent
-        print(f"not found: {missing(run.module, run.absent)}; the mean is over the others")
-    if best:
-        summary["best"] = best
-    summary |= dict(tokens_per_second=training_tokens / training_seconds, seconds=time.perf_counter() - started)
+    checkpoint.save_adapter(out / "adapter", model, record | {"step": steps})
+    summary |= measure("after", args, model, tokenizer, task, sets, out)
+    if absent:
+        summary["absent"] = absent
+        print(f"not found: {tasks.missing(task, absent)}; the mean is over the others")
+    summary |= dict(tokens_per_second=speed(pace), seconds=time.perf_counter() - started)
     checkpoint.write_json(out / "summary.json", summary)
     if args.merge:
         method.merge(model)
@@ -481,23 +416,22 @@ def main(argv=None):
     plot(out)
     show = lambda when: f"{summary[when]['mean']:.1%}" if summary[when] else "not scored"
     before = f"{show('before')} -> " if args.eval_before else ""
-    print(f"{metric_of(run.module, next(iter(run.sets)))} {before}{show('after')}  {trainable:,} trainable  {summary['seconds']:.0f} s  {out}")
+    print(f"{tasks.metric_of(task, next(iter(sets)))} {before}{show('after')}  {trainable:,} trainable  "
+          f"{summary['seconds']:.0f} s  {out}")
 
 
 def plot(out):
     """loss.png, where matplotlib is installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots()
+    figure = Figure()
+    axes = figure.subplots()
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
     axes.set(xlabel="step", ylabel="training loss")
     figure.savefig(out / "loss.png")
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,60 +1,45 @@
 """
 Python functions from their descriptions, scored by running their tests; training on instructions and code.
 
-    {"task_id": "HumanEval/0", "prompt": "def has_close_elements(..) -> bool:\n    \"\"\" Check if in given list ..",
-     "entry_point": "has_close_elements", "canonical_solution": "    for idx, ..", "test": "def check(candidate): .."}
+    {"task_id": "HumanEval/0", "entry_point": "has_close_elements",
+     "prompt": "def has_close_elements(..) -> bool:\n    \"\"\" Check if in given list ..",
+     "canonical_solution": "    for idx, ..", "test": "def check(candidate): .."}
     {"task_id": 2, "prompt": "Write a function to find the shared elements from the given two lists.",
-     "code": "def similar_elements(..", "test_imports": [], "test_list": ["assert set(similar_elements(..", ..]}
+     "code": "def similar_elements(..", "test_imports": [],
+     "test_list": ["assert set(similar_elements(..", ..]}
     {"instruction": "Write a function ..", "input": "", "output": "def .."}                         (training)
 
-Sources: github.com/openai/human-eval (HumanEval.jsonl.gz, MIT), github.com/evalplus/humanevalplus_release (OriginFmt,
-Apache-2.0), google-research/mbpp/sanitized-mbpp.json (CC BY 4.0; test: task_id 11 - 510, train: 601 - 974), github.com/
-sahil280114/codealpaca (CC BY-NC 4.0), hf.co/datasets/ise-uiuc/Magicoder-Evol-Instruct-110K. Under --data: code/NAME,
-or NAME; .gz too. HumanEval's signature and docstring open the response, their last newline included; MBPP's instruction
-shows the first test. HumanEval+ has one test, task 32's, that no solution passes: it is broken upstream.
-Metric: pass@k, the unbiased estimate of Chen et al. 2021 from n samples. Runs the code: --allow_code_execution.
+Sources: github.com/openai/human-eval (HumanEval.jsonl.gz, MIT), github.com/evalplus/humanevalplus_release
+(OriginFmt, Apache-2.0), google-research/mbpp/sanitized-mbpp.json (CC BY 4.0; test: task_id 11 - 510, train:
+601 - 974), github.com/sahil280114/codealpaca (CC BY-NC 4.0),
+hf.co/datasets/ise-uiuc/Magicoder-Evol-Instruct-110K. Under --data: code/NAME, or NAME; .gz too.
+HumanEval's signature and docstring open the response, their last newline included; MBPP's instruction shows
+the first test. HumanEval+ has one test, task 32's, that no solution passes: it is broken upstream.
+Metric: pass@k, the unbiased estimate of Chen et al. 2021 from n samples.
+Runs the code: --allow_code_execution.
 """
-import gzip
 import inspect
-import json
 import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+
+from data.text import read
 
 FAMILY, KIND, MAX_NEW_TOKENS = "code", "execute", 512
-TASKS = {name: dict(rows=rows, metric="pass@1", file=f"code/{file}", names=(f"code/{file}", file, other), source=source)
+TASKS = {name: dict(rows=rows, metric="pass@1", file=f"code/{file}",
+                    names=(f"code/{file}", file, other), source=source)
          for name, rows, file, other, source in (
              ("humaneval", 164, "humaneval.jsonl", "HumanEval.jsonl", "openai/human-eval"),
-             ("humanevalplus", 164, "humanevalplus.jsonl", "HumanEvalPlus-OriginFmt.jsonl", "evalplus/humanevalplus_release"),
+             ("humanevalplus", 164, "humanevalplus.jsonl", "HumanEvalPlus-OriginFmt.jsonl",
+              "evalplus/humanevalplus_release"),
              ("mbpp", 257, "mbpp_sanitized.json", "sanitized-mbpp.json", "google-research, mbpp/"))}
-STOP = (r"(^|\n)(?=\S)", r"<\|(endoftext|eot_id)\|>")      # patterns. HumanEval: the body ends with its indentation
+# patterns; HumanEval: the body ends with its indentation
+STOP = (r"(^|\n)(?=\S)", r"<\|(endoftext|eot_id)\|>")
 MBPP_STOP = (r"\nclass", r"\nassert", r'\n"""', r"\nprint", r"\nif", r"\n<\|", r"\n```", STOP[1])
-MIXES = ("codealpaca_20k.json", "code_alpaca_20k.json", "data-evol_instruct-decontaminated.jsonl")     # the last: Magicoder's
+MIXES = ("codealpaca_20k.json", "code_alpaca_20k.json",
+         "data-evol_instruct-decontaminated.jsonl")     # the last: Magicoder's
 TIMEOUT = 20.0      # seconds for a program with all its tests
-
-
-def read(directory, names, fields=("instruction", "output")):
-    """Rows of the first of these files under directory, .gz or not. ValueError names file, row and field."""
-    candidates = [Path(directory or ".", name + end) for name in names for end in ("", ".gz")]
-    file = next((c for c in candidates if c.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{directory}: found none of {', '.join(names)} (.gz or not)")
-    try:
-        text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8-sig")
-        if ".jsonl" in file.suffixes:       # as a list with a row a line, so that an error names the line
-            text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
-        rows = json.loads(text)
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{file}: expected a list of rows, found {type(rows).__name__ if rows else 'none'}")
-    for number, row in enumerate(rows, 1):
-        for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ValueError(f"{file}: row {number} has no text in {field!r}, expected {', '.join(fields)}")
-    return rows
 
 
 def humaneval(row):
@@ -64,14 +49,16 @@ def humaneval(row):
     if not (signature and text):
         raise ValueError(f"{row.get('task_id')}: no signature or docstring in the prompt")
     text = inspect.cleandoc("".join(text[-1]))
-    return dict(task_id=row["task_id"], prefix=row["prompt"], output=row.get("canonical_solution", ""), stop=STOP,
-                instruction=f"Write a Python function `{signature[1]}` to solve the following problem:\n{text}",
+    instruction = f"Write a Python function `{signature[1]}` to solve the following problem:\n{text}"
+    return dict(task_id=row["task_id"], prefix=row["prompt"], output=row.get("canonical_solution", ""),
+                stop=STOP, instruction=instruction,
                 tests=f"{row['test']}\ncheck({row['entry_point']})", answer="passed",
                 names=defined(row["prompt"]) + [row["entry_point"]])
 
 
 def mbpp(row):
-    return dict(task_id=row["task_id"], prefix="", output=row["code"].replace("\r", ""), stop=MBPP_STOP, answer="passed",
+    return dict(task_id=row["task_id"], prefix="", output=row["code"].replace("\r", ""),
+                stop=MBPP_STOP, answer="passed",
                 instruction=f"{row['prompt']}\nYour code should pass this test:\n{row['test_list'][0]}",
                 tests="\n".join(row["test_imports"] + row["test_list"]), names=defined(row["code"]))
 
@@ -83,15 +70,17 @@ def defined(code):
 
 def rows(directory, task, split):
     """
-    'test': problems, with `prefix` (what opens the response), `stop`, `tests`. 'train': the family's mix; MBPP's own
-    training problems. FileNotFoundError where no file is; ValueError for a bad row or a set without training rows.
+    'test': problems, with `prefix` (what opens the response), `stop`, `tests`. 'train': the family's mix;
+    MBPP's own training problems. FileNotFoundError where no file is; ValueError for a bad row or a set
+    without training rows.
     """
     if task == "mbpp":
         first, last = (11, 510) if split == "test" else (601, 974)
         found = read(directory, TASKS[task]["names"], ("prompt", "code"))
         return [mbpp(row) for row in found if first <= row["task_id"] <= last]
     if split == "test":
-        return [humaneval(row) for row in read(directory, TASKS[task]["names"], ("prompt", "entry_point", "test"))]
+        found = read(directory, TASKS[task]["names"], ("prompt", "entry_point", "test"))
+        return [humaneval(row) for row in found]
     if task != FAMILY:
         raise ValueError(f"{task} has no training rows: train on code, the family")
     found = read(directory, [f"{folder}{mix}" for mix in MIXES for folder in ("code/", "")], ("instruction",))
@@ -119,7 +108,8 @@ def score(outputs, rows, rule="strict"):
     """Runs every sample; a problem has as many as there are rows of its task_id."""
     from data import sandbox  # here, since it needs a Unix
     run = lambda output, row: sandbox.run(program(output, row), row["tests"], row["names"], TIMEOUT)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(cores) as pool:
         said = list(pool.map(run, outputs, rows))
     problems = {}
     for row, result in zip(rows, said):

@@ -1,58 +1,39 @@
 """
 The eight commonsense sets in LLM-Adapters' format, and their training mix.
 
-    {"instruction": "Please answer the following question with true or false, question: does ethanol take more energy
-     make that produces?\n\nAnswer format: true/false", "input": "", "output": "the correct answer is false",
-     "answer": "false"}
+    {"instruction": "Please answer the following question with true or false, question: does ethanol take
+     more energy make that produces?\n\nAnswer format: true/false", "input": "",
+     "output": "the correct answer is false", "answer": "false"}
 
-Source: https://github.com/AGI-Edgerunners/LLM-Adapters at 8166572 (data: ODC-By). Under --data, a file may lie as
-commonsense/NAME.json, NAME.json, or as in that repository: dataset/NAME/test.json and ft-training_set/*.json; .gz too.
-Metric: accuracy of the first word of the set's own form in the output (case-sensitive, none is wrong), as there.
+Source: https://github.com/AGI-Edgerunners/LLM-Adapters at 8166572 (data: ODC-By). Under --data, a file may
+lie as commonsense/NAME.json, NAME.json, or as in that repository: dataset/NAME/test.json and
+ft-training_set/*.json; .gz too.
+Metric: accuracy of the first word of the set's form in the output (case-sensitive, none is wrong), as there.
 """
-import gzip
-import json
 import re
 from collections import Counter
-from pathlib import Path
+
+from data.text import read
 
 FAMILY, KIND, MAX_NEW_TOKENS, STOP = "commonsense", "generate", 32, ()
 TASKS = {name: dict(rows=rows, pattern=pattern, metric="accuracy", file=f"commonsense/{name}.json",
                     source=f"LLM-Adapters, dataset/{name}/test.json")
-         for name, rows, pattern in (("boolq", 3270, "true|false"), ("piqa", 1838, "solution1|solution2"),
-                                     ("social_i_qa", 1954, "answer[1-5]"), ("hellaswag", 10042, "ending[1-4]"),
-                                     ("winogrande", 1267, "option1|option2"), ("ARC-Easy", 2376, "answer[1-5]"),
-                                     ("ARC-Challenge", 1172, "answer[1-5]"), ("openbookqa", 500, "answer[1-5]"))}
+         for name, rows, pattern in (
+             ("boolq", 3270, "true|false"), ("piqa", 1838, "solution1|solution2"),
+             ("social_i_qa", 1954, "answer[1-5]"), ("hellaswag", 10042, "ending[1-4]"),
+             ("winogrande", 1267, "option1|option2"), ("ARC-Easy", 2376, "answer[1-5]"),
+             ("ARC-Challenge", 1172, "answer[1-5]"), ("openbookqa", 500, "answer[1-5]"))}
 MIXES = ("commonsense_15k", "commonsense_170k", "train_15k_rebuilt")    # the first that is there
-WORDING = {"boolq": "with true or false", "piqa": "choose the correct solution",    # where a mix names no source
-           "hellaswag": "choose the correct ending", "winogrande": "fill in the blank"}
-
-
-def read(directory, names, fields=("instruction", "output")):
-    """Rows of the first of these files under directory, .gz or not. ValueError names file, row and field."""
-    candidates = [Path(directory or ".", name + end) for name in names for end in ("", ".gz")]
-    file = next((c for c in candidates if c.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{directory}: found none of {', '.join(names)} (.gz or not)")
-    try:
-        text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8-sig")
-        if ".jsonl" in file.suffixes:       # as a list with a row a line, so that an error names the line
-            text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
-        rows = json.loads(text)
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{file}: expected a list of rows, found {type(rows).__name__ if rows else 'none'}")
-    for number, row in enumerate(rows, 1):
-        for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ValueError(f"{file}: row {number} has no text in {field!r}, expected {', '.join(fields)}")
-    return rows
+WORDING = {"boolq": "with true or false",       # where a mix names no source
+           "piqa": "choose the correct solution", "hellaswag": "choose the correct ending",
+           "winogrande": "fill in the blank"}
 
 
 def with_choices(row, task):
-    """Adds {answer: text of that answer}, read off the instruction's last words, 'Answer format: true/false'."""
+    """Adds {answer: text of that answer}, read off the instruction's end, 'Answer format: true/false'."""
     answers = row["instruction"].rpartition("format: ")[2].strip().split("/")
-    return {**row, "pattern": TASKS[task]["pattern"], "choices": {a: f"the correct answer is {a}" for a in answers}}
+    choices = {a: f"the correct answer is {a}" for a in answers}
+    return {**row, "pattern": TASKS[task]["pattern"], "choices": choices}
 
 
 def rows(directory, task, split):
@@ -75,13 +56,13 @@ def rows(directory, task, split):
     named = [row for row in found if row.get("source") == task]
     worded = [row for row in found if task in WORDING and WORDING[task] in row["instruction"]]
     if not (named or worded):
-        raise ValueError(f"{directory}: the training mix has no row of {task!r}, neither by its source nor by its "
-                         "wording")
+        raise ValueError(f"{directory}: the training mix has no row of {task!r}, "
+                         "neither by its source nor by its wording")
     return named or worded
 
 
 def score(outputs, rows, rule="strict"):
-    """The first answer of the set's form anywhere in the output, exactly as LLM-Adapters' extract_answer has it."""
+    """The first answer of the set's form anywhere in the output: exactly LLM-Adapters' extract_answer."""
     found = [re.search(row["pattern"], output) for output, row in zip(outputs, rows)]
     extracted = [match[0] if match else "" for match in found]
     correct = [e == row["answer"] for e, row in zip(extracted, rows)]

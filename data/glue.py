@@ -1,12 +1,12 @@
 """
 Five GLUE tasks: a sentence or a pair, and a label that an encoder's classification head predicts.
 
-    {"text": "He said so .", "pair": "He did not .", "label": 1, "answer": "not_entailment"}       from a row of
-    index\tsentence1\tsentence2\tlabel                                                            glue/rte/dev.tsv
+    {"text": "He said so .", "pair": "He did not .", "label": 1, "answer": "not_entailment"}   from a row of
+    index\tsentence1\tsentence2\tlabel                                                        glue/rte/dev.tsv
 
-Source: https://gluebenchmark.com/tasks, dev sets (the test labels are not public). Under --data, a file may lie as
-glue/rte/dev.tsv or as in GLUE's archives, RTE/dev.tsv; .gz too. MNLI's dev set is the matched one. Quotes in the text
-are literal; a byte order mark before the header is dropped.
+Source: https://gluebenchmark.com/tasks, dev sets (the test labels are not public). Under --data, a file may
+lie as glue/rte/dev.tsv or as in GLUE's archives, RTE/dev.tsv; .gz too. MNLI's dev set is the matched one.
+Quotes in the text are literal; a byte order mark before the header is dropped.
 Metric: Matthews' correlation for CoLA, accuracy for the others, with F1 of the positive class for MRPC, too.
 """
 import gzip
@@ -16,11 +16,12 @@ from pathlib import Path
 
 FAMILY, KIND, MAX_NEW_TOKENS, STOP = "glue", "classify", 1, ()
 BINARY, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
-TASKS = {name: dict(rows=rows, metric=metric, file=f"glue/{name}/dev.tsv", source=f"GLUE, {archive}/{dev}.tsv", columns=columns,
-                    labels=labels, files={"test": (f"glue/{name}/dev.tsv", f"{archive}/{dev}.tsv"),
-                                          "train": (f"glue/{name}/train.tsv", f"{archive}/train.tsv")})
+TASKS = {name: dict(rows=rows, metric=metric, file=f"glue/{name}/dev.tsv",
+                    source=f"GLUE, {archive}/{dev}.tsv", columns=columns, labels=labels,
+                    files={"test": (f"glue/{name}/dev.tsv", f"{archive}/{dev}.tsv"),
+                           "train": (f"glue/{name}/train.tsv", f"{archive}/train.tsv")})
          for name, rows, metric, archive, dev, columns, labels in (
-             ("cola", 1043, "matthews", "CoLA", "dev", (3, None, 1), BINARY),        # places: the file has no header
+             ("cola", 1043, "matthews", "CoLA", "dev", (3, None, 1), BINARY),    # places: it has no header
              ("sst2", 872, "accuracy", "SST-2", "dev", ("sentence", None, "label"), BINARY),
              ("mrpc", 408, "accuracy", "MRPC", "dev", ("#1 String", "#2 String", "Quality"), BINARY),
              ("rte", 277, "accuracy", "RTE", "dev", ("sentence1", "sentence2", "label"), ENTAILMENT),
@@ -30,8 +31,9 @@ TASKS = {name: dict(rows=rows, metric=metric, file=f"glue/{name}/dev.tsv", sourc
 
 def rows(directory, task, split):
     """
-    {"text", "pair" (None for a single sentence), "label" (place in the task's labels), "answer"} for each line.
-    FileNotFoundError where no file is; ValueError names the file and line, or a family that cannot be trained at once.
+    {"text", "pair" (None for a single sentence), "label" (place in the task's labels), "answer"} for each
+    line. FileNotFoundError where no file is; ValueError names the file and line, or a family that cannot be
+    trained at once.
     """
     if task == FAMILY:
         raise ValueError(f"GLUE's tasks have a head each: train on one of {', '.join(TASKS)}")
@@ -41,7 +43,8 @@ def rows(directory, task, split):
     if file is None:
         raise FileNotFoundError(f"{directory}: found none of {', '.join(entry['files'][split])} (.gz or not)")
     try:
-        text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8-sig")
+        raw = file.read_bytes()
+        text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")
     except (ValueError, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from None
     lines = [line.split("\t") for line in text.replace("\r\n", "\n").removesuffix("\n").split("\n")]
@@ -57,8 +60,10 @@ def rows(directory, task, split):
             raise ValueError(f"{file}: line {number} has {len(line)} columns, expected at least {width}")
         text, pair, answer = (place if place is None else line[place] for place in places)
         if answer not in entry["labels"]:
-            raise ValueError(f"{file}: line {number} has label {answer!r}, expected one of {', '.join(entry['labels'])}")
-        found.append(dict(text=text, pair=pair, label=entry["labels"].index(answer), answer=answer, task=task))
+            raise ValueError(f"{file}: line {number} has label {answer!r}, "
+                             f"expected one of {', '.join(entry['labels'])}")
+        label = entry["labels"].index(answer)
+        found.append(dict(text=text, pair=pair, label=label, answer=answer, task=task))
     if not found:
         raise ValueError(f"{file}: no rows")
     return found

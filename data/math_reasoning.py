@@ -1,55 +1,34 @@
 """
 Seven sets of arithmetic word problems in LLM-Adapters' format, and their training mix.
 
-    {"instruction": "There are 7 crayons in the drawer . Mary took 3 crayons out of the drawer . How many crayons are
-     there now ? ", "input": "", "output": "\nA: There were 7 crayons [..] The answer is 4.", "answer": "4"}
+    {"instruction": "There are 7 crayons in the drawer . Mary took 3 crayons out of the drawer . How many
+     crayons are there now ? ", "input": "", "output": "\nA: There were 7 crayons [..] The answer is 4.",
+     "answer": "4"}
 
-Source: https://github.com/AGI-Edgerunners/LLM-Adapters at 8166572 (data: ODC-By). Under --data, a file may lie as
-math/NAME.json, NAME.json, or as in that repository: dataset/NAME/test.json and ft-training_set/*.json; .gz too. The
-outputs of its test rows are a model's, some wrong, some missing: "The answer is .." with the answer stands for them.
+Source: https://github.com/AGI-Edgerunners/LLM-Adapters at 8166572 (data: ODC-By). Under --data, a file may
+lie as math/NAME.json, NAME.json, or as in that repository: dataset/NAME/test.json and
+ft-training_set/*.json; .gz too. The outputs of its test rows are a model's, some wrong, some missing: "The
+answer is .." with the answer stands for them.
 Metric: accuracy of the extracted number (within 0.001) or letter, by one of two rules (--rule):
-    strict  a stated final answer ("answer is 4", "#### 4", "answer: (B)") before the last number or (letter); the
-            minus of "16-8" is no sign. For figures of our own.
-    paper   LLM-Adapters' evaluate.py, faults included: the last number, where "16-8" gives -8; AQuA's first capital
-            A - E anywhere, so that "Answer: (B)" gives A. For figures beside those of the papers.
+    strict  a stated final answer ("answer is 4", "#### 4", "answer: (B)") before the last number or
+            (letter); the minus of "16-8" is no sign. For figures of our own.
+    paper   LLM-Adapters' evaluate.py, faults included: the last number, where "16-8" gives -8; AQuA's first
+            capital A - E anywhere, so that "Answer: (B)" gives A. For figures beside those of the papers.
 """
-import gzip
-import json
 import re
 from collections import Counter
-from pathlib import Path
+
+from data.text import read
 
 FAMILY, KIND, MAX_NEW_TOKENS, STOP = "math", "generate", 256, ()
 TASKS = {name: dict(rows=rows, metric="accuracy", file=f"math/{name}.json",
                     source=f"LLM-Adapters, dataset/{name}/test.json")
-         for name, rows in (("MultiArith", 600), ("gsm8k", 1319), ("AddSub", 395), ("AQuA", 254), ("SingleEq", 508),
-                            ("SVAMP", 1000), ("mawps", 238))}
+         for name, rows in (("MultiArith", 600), ("gsm8k", 1319), ("AddSub", 395), ("AQuA", 254),
+                            ("SingleEq", 508), ("SVAMP", 1000), ("mawps", 238))}
 MIXES = ("math_10k", "math_7k", "train_gsm8k_mawps_aquadev")        # the first that is there
 SOURCES = {"gsm8k": ("gsm8k",), "mawps": ("mawps", "mawps-single"), "AQuA": ("aqua", "aqua-dev", "AQuA")}
 NOTE = ("The published mix math_10k holds questions of MultiArith, AddSub and SingleEq (its authors say so): "
         "scores on these three after training on it are no measure of generalisation.")
-
-
-def read(directory, names, fields=("instruction", "output")):
-    """Rows of the first of these files under directory, .gz or not. ValueError names file, row and field."""
-    candidates = [Path(directory or ".", name + end) for name in names for end in ("", ".gz")]
-    file = next((c for c in candidates if c.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{directory}: found none of {', '.join(names)} (.gz or not)")
-    try:
-        text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8-sig")
-        if ".jsonl" in file.suffixes:       # as a list with a row a line, so that an error names the line
-            text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
-        rows = json.loads(text)
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{file}: expected a list of rows, found {type(rows).__name__ if rows else 'none'}")
-    for number, row in enumerate(rows, 1):
-        for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ValueError(f"{file}: row {number} has no text in {field!r}, expected {', '.join(fields)}")
-    return rows
 
 
 def rows(directory, task, split):
@@ -69,14 +48,15 @@ def rows(directory, task, split):
                 row["choices"] = {letter: f"The answer is ({letter})." for letter in "ABCDE"}
             row["output"] = f"The answer is {f'({answer})' if task == 'AQuA' else f'{float(answer):.10g}'}."
         return found
-    found = read(directory, [f"{folder}{mix}.json" for mix in MIXES for folder in ("math/", "", "ft-training_set/")])
+    folders = ("math/", "", "ft-training_set/")
+    found = read(directory, [f"{folder}{mix}.json" for mix in MIXES for folder in folders])
     if task == FAMILY:
         return found
     named = [row for row in found if row.get("source") in SOURCES.get(task, (task,))]
     worded = [row for row in found if task == "AQuA" and "Answer Choices: (A)" in row["instruction"]]
     if not (named or worded):
-        raise ValueError(f"{directory}: the training mix has no row of {task!r}, neither by its source nor by its "
-                         "wording")
+        raise ValueError(f"{directory}: the training mix has no row of {task!r}, "
+                         "neither by its source nor by its wording")
     return named or worded
 
 
@@ -85,12 +65,13 @@ def number(output, rule="strict"):
     if rule == "paper":
         found = re.findall(r"-?\d+\.?\d*", output.replace(",", ""))
         return float(found[-1]) if found else None
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", output.replace("\u2212", "-"))       # 1,234 and the real minus
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", output.replace("\u2212", "-"))    # 1,234 and the real minus
     numbers = lambda part: [float(sign + digits) for sign, digits in
                             re.findall(r"((?<![\w)\]])-)?\$?(\d+(?:\.\d+)?|\.\d+)", part)]
     heads = re.finditer(r"\banswer\b.{0,40}?(?:\bis\b|:|=)|####", text, re.IGNORECASE)
     tails = [text[head.end():].partition("\n")[0] for head in heads]
-    if stated := [tail for tail in tails if numbers(tail)]:     # "is 3 + 4 = 7" and "is x = 7" are 7, "is 7, as 3 + 5 = 8", too
+    if stated := [tail for tail in tails if numbers(tail)]:
+        # "is 3 + 4 = 7" and "is x = 7" are 7, "is 7, as 3 + 5 = 8", too
         worked = re.match(r"[\s$\d.+*/()a-z×÷-]*?=(?:[\s$\d.+*/()×÷-]*=)*(.*)", stated[-1])
         plain = worked and not re.match(r"[\s:$]*\d[\d.]*\s*[a-z(]", stated[-1])
         return (numbers(worked[1]) if plain and numbers(worked[1]) else numbers(stated[-1]))[0]
@@ -101,8 +82,9 @@ def letter(output, rule="strict"):
     """The letter that an output answers with, or ""."""
     if rule == "paper":
         return next(iter(re.findall("[A-E]", output)), "")
-    for form in (r"\\boxed\{([A-E])\}", r"(?i:\b(?:answer|option|choice))(?: is| would be| must be)?\W*(?:(?i:option|choice)\W*)?(?!A\s+[a-z])([A-E])\b",
-                 r"\(([A-E])\)", r"(?m:^\s*([A-E])[).:]?\s*$)"):
+    stated = (r"(?i:\b(?:answer|option|choice))(?: is| would be| must be)?\W*"
+              r"(?:(?i:option|choice)\W*)?(?!A\s+[a-z])([A-E])\b")
+    for form in (r"\\boxed\{([A-E])\}", stated, r"\(([A-E])\)", r"(?m:^\s*([A-E])[).:]?\s*$)"):
         if found := re.findall(form, output):
             return found[-1]
     return ""
@@ -111,7 +93,8 @@ def letter(output, rule="strict"):
 def score(outputs, rows, rule="strict"):
     """rows with a letter for an answer are AQuA's; all others are numbers."""
     extracted, correct = [], []
-    for output, row in zip(outputs, rows):      # what is read: up to the next question, or response, that a model goes on with
+    for output, row in zip(outputs, rows):
+        # what is read: up to the next question, or response, that a model goes on with
         output = output.partition("### Instruction:" if rule == "strict" else "### Response:")[0]
         lettered = row["answer"] in "ABCDE"
         extracted.append((letter if lettered else number)(output, rule))

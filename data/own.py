@@ -3,40 +3,17 @@ A user's own file: --task path/to/mine.json (a list) or mine.jsonl (one row a li
 
     {"instruction": "Name the capital of France.", "input": "", "output": "It is Paris.", "answer": "Paris"}
 
-A tenth of the rows (at most 1000) is held out, drawn by a fixed seed, so that train.py and evaluate.py agree on it.
-Metric: with `answer`, the output ends with it, as a whole word or number, in any case, before any closing . ! ? " ' );
-without, the output equals the row's.
+A tenth of the rows (at most 1000) is held out, drawn by a fixed seed, so that train.py and evaluate.py agree.
+Metric: with `answer`, the output ends with it, as a whole word or number, in any case, before any closing
+. ! ? " ' ); without, the output equals the row's.
 """
-import gzip
-import json
 import random
 import re
-from pathlib import Path
+
+from data.text import read
 
 FAMILY, KIND, MAX_NEW_TOKENS, STOP = "own", "generate", 128, ()
 TASKS = {}      # named by their path
-
-
-def read(directory, names, fields=("instruction", "output")):
-    """Rows of the first of these files under directory, .gz or not. ValueError names file, row and field."""
-    candidates = [Path(directory or ".", name + end) for name in names for end in ("", ".gz")]
-    file = next((c for c in candidates if c.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{directory}: found none of {', '.join(names)} (.gz or not)")
-    try:
-        text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8-sig")
-        if ".jsonl" in file.suffixes:       # as a list with a row a line, so that an error names the line
-            text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
-        rows = json.loads(text)
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{file}: expected a list of rows, found {type(rows).__name__ if rows else 'none'}")
-    for number, row in enumerate(rows, 1):
-        for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ValueError(f"{file}: row {number} has no text in {field!r}, expected {', '.join(fields)}")
-    return rows
 
 
 def rows(directory, task, split):
@@ -53,7 +30,7 @@ def score(outputs, rows, rule="strict"):
     extracted, correct = [], []
     for output, row in zip(outputs, rows):
         answer, text = row.get("answer"), output.strip()
-        if answer is not None:      # "5" does not close "3.5", "-5" or "1,235"; a closing . or ! does not matter
+        if answer is not None:  # "5" does not close "3.5", "-5" or "1,235"; a closing . or ! does not matter
             escaped = re.escape(str(answer).strip())
             found = re.search(rf"(?<![\w+-])(?<!\w[.,])({escaped})[\s.!?\"')]*$", text, re.IGNORECASE)
             text = found[1] if found else ""

@@ -17,7 +17,6 @@ from tokenizers.processors import RobertaProcessing
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
-import model as M
 from data import glue
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]        # ids 0 - 4, as RoBERTa has them
@@ -39,7 +38,7 @@ def make(directory, data, vocabulary=4096, width=128, layers=4, seed=42):
                   attention_probs_dropout_prob=0.1, bos_token_id=0, pad_token_id=1, eos_token_id=2)
     checkpoint.write_json(directory / "config.json", config)
     torch.manual_seed(seed)
-    net = M.build(config)
+    net = checkpoint.build(config)
     for name, p in net.named_parameters():
         if "LayerNorm" not in name:
             torch.nn.init.normal_(p, 0, 0.02) if p.ndim > 1 else torch.nn.init.zeros_(p)

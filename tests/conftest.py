@@ -68,6 +68,6 @@ def trainable(method, published, targets, rank, **own):
     import checkpoint
     import model as M
     with torch.device("meta"):
-        net = M.build(PUBLISHED[published])
+        net = checkpoint.build(PUBLISHED[published])
     checkpoint.load_method(method).inject(net, M.targets_of(net, targets), rank, **own)
     return sum(p.numel() for p in net.parameters() if p.requires_grad)

@@ -22,7 +22,7 @@ def assert_rounding_only(y, z):
 
 @pytest.fixture
 def adapter(tiny, tmp_path):
-    model = M.load(tiny)
+    model = checkpoint.load(tiny)
     lora = checkpoint.load_method("lora")
     lora.inject(model, ("q_proj",), 2, 3.0)
     for p in model.parameters():
@@ -34,7 +34,7 @@ def adapter(tiny, tmp_path):
 
 def test_an_adapter_comes_back_with_its_settings(adapter, tiny):
     model, directory = adapter
-    other = M.load(tiny)
+    other = checkpoint.load(tiny)
     method, record = checkpoint.load_adapter(other, directory)
     assert record == RECORD and other.model.layers[0].self_attn.q_proj.scaling == 1.5
     assert set(load_file(directory / "adapter_model.safetensors")) == {
@@ -46,7 +46,7 @@ def test_an_adapter_comes_back_with_its_settings(adapter, tiny):
 
 
 def test_buffers_of_the_adapter_are_saved_and_others_are_not(tiny, tmp_path):
-    model = M.load(tiny).requires_grad_(False)
+    model = checkpoint.load(tiny).requires_grad_(False)
     model.register_buffer("lora_index", torch.arange(3))
     model.register_buffer("table", torch.arange(3))
     assert list(checkpoint.adapter_tensors(model)) == ["lora_index"]
@@ -54,7 +54,7 @@ def test_buffers_of_the_adapter_are_saved_and_others_are_not(tiny, tmp_path):
 
 def test_a_classifier_head_travels_with_the_adapter(tmp_path):
     saved(tmp_path / "base", tf.RobertaForMaskedLM(tf.RobertaConfig(**SMALL, max_position_embeddings=40)))
-    model, lora = M.load(tmp_path / "base", num_labels=3), checkpoint.load_method("lora")
+    model, lora = checkpoint.load(tmp_path / "base", num_labels=3), checkpoint.load_method("lora")
     lora.inject(model, M.targets_of(model, "attention"), 2)
     model.classifier.requires_grad_(True)
     for p in model.parameters():
@@ -62,7 +62,7 @@ def test_a_classifier_head_travels_with_the_adapter(tmp_path):
             torch.nn.init.normal_(p)
     record = dict(RECORD, targets=M.targets_of(model, "attention"), alpha=None)
     checkpoint.save_adapter(tmp_path / "a", model, record)
-    other, ids = M.load(tmp_path / "base", num_labels=3), torch.randint(3, 97, (2, 9))
+    other, ids = checkpoint.load(tmp_path / "base", num_labels=3), torch.randint(3, 97, (2, 9))
     checkpoint.load_adapter(other, tmp_path / "a")
     found = other.state_dict()
     assert all(torch.equal(found[name], t) for name, t in checkpoint.adapter_tensors(model).items())
@@ -88,7 +88,7 @@ def test_a_merged_directory_is_loaded_by_transformers(tied, dialect, tmp_path, t
         config["torch_dtype"] = config.pop("dtype", "bfloat16")
         (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     shutil.copy(tiny / "tokenizer.json", tmp_path / "base")
-    model, lora = M.load(tmp_path / "base"), checkpoint.load_method("lora")
+    model, lora = checkpoint.load(tmp_path / "base"), checkpoint.load_method("lora")
     lora.inject(model, ("q_proj", "down_proj"), 2)
     for p in model.parameters():
         if p.requires_grad:
@@ -101,7 +101,7 @@ def test_a_merged_directory_is_loaded_by_transformers(tied, dialect, tmp_path, t
     assert theirs.dtype == torch.float32        # not the bf16 of the base's config
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, want, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(M.load(tmp_path / "m")(ids), model(ids))
+    torch.testing.assert_close(checkpoint.load(tmp_path / "m")(ids), model(ids))
     base, merged = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("base", "m"))
     key = "torch_dtype" if dialect == "old" else "dtype"
     assert merged == dict(base, **{key: "float32"})
@@ -112,11 +112,11 @@ def test_a_merged_directory_is_loaded_by_transformers(tied, dialect, tmp_path, t
 
 def test_large_models_are_written_in_shards(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 500_000)
-    model = M.load(tiny)
+    model = checkpoint.load(tiny)
     checkpoint.save_merged(tmp_path / "m", model, tiny)
     files = sorted(f.name for f in (tmp_path / "m").glob("*.safetensors"))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
-    other, ids = M.load(tmp_path / "m"), torch.randint(400, (1, 9))
+    other, ids = checkpoint.load(tmp_path / "m"), torch.randint(400, (1, 9))
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in other.state_dict().items())
     assert_rounding_only(other(ids), model(ids))
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_a_directory_appears_whole_or_stays_as_it_was(tmp_path):
 
 def test_an_empty_adapter_is_not_written(tiny, tmp_path):
     with pytest.raises(ValueError, match="nothing to save"):
-        checkpoint.save_adapter(tmp_path / "a", M.load(tiny).requires_grad_(False), RECORD)
+        checkpoint.save_adapter(tmp_path / "a", checkpoint.load(tiny).requires_grad_(False), RECORD)
     assert not (tmp_path / "a").exists()
 
 
@@ -177,5 +177,5 @@ def test_a_bad_adapter_is_one_clear_error(name, adapter, tiny):
     spoil, message = BAD[name]
     spoil(directory)
     with pytest.raises(ValueError, match=message) as error:
-        checkpoint.load_adapter(M.load(tiny), directory)
+        checkpoint.load_adapter(checkpoint.load(tiny), directory)
     assert "\n" not in str(error.value)

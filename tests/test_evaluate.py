@@ -13,19 +13,19 @@ from conftest import ROOT
 import checkpoint
 import evaluate as E
 import model as M
-from data import arithmetic
+from data import arithmetic, tasks, text
 
 FLOAT32 = 1e-5      # losses are float32 in a float64 model too: an ulp of its largest logits, 28, is 2e-6
 
 
 @pytest.fixture(scope="module")
 def tok(tiny):
-    return M.Tokenizer(tiny, M.read_config(M.read_json(tiny / "config.json")))
+    return text.Tokenizer(tiny, checkpoint.read_config(checkpoint.read_json(tiny / "config.json")))
 
 
 @pytest.fixture(scope="module")
 def net(tiny):
-    return M.load(tiny, torch.float64)
+    return checkpoint.load(tiny, torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -33,33 +33,33 @@ def prompts(tok):
     """Prompts of very different lengths."""
     rows = [row for steps in (1, 1, 1, 2, 3, 5, 9, 20, 40)
             for row in arithmetic.generate("test", 1, steps, steps)]
-    return [E.prompt_ids(tok, row) for row in rows]
+    return [text.prompt_ids(tok, row) for row in rows]
 
 
 # ------------------------------------------------------------------------------------ template
 
 def test_the_template_is_alpacas_without_stray_spaces():
     row = dict(instruction="Add {1} and 2.", input="", output="3")
-    assert E.prompt_text(row) == (
+    assert text.prompt_text(row) == (
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd {1} and 2.\n\n### Response:\n")
-    assert E.prompt_text(dict(row, input="be brief")) == (
+    assert text.prompt_text(dict(row, input="be brief")) == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd {1} and 2.\n\n### Input:\nbe brief\n\n### Response:\n")
-    assert E.prompt_text({"instruction": "a"}) == E.prompt_text({"instruction": "a", "input": None})
+    assert text.prompt_text({"instruction": "a"}) == text.prompt_text({"instruction": "a", "input": None})
 
 
 def test_the_bundled_tokenizer_knows_the_template(tok):
-    assert len(E.prompt_ids(tok, dict(instruction="", input=""))) == 2
+    assert len(text.prompt_ids(tok, dict(instruction="", input=""))) == 2
 
 
 def test_the_prompts_ids_are_a_prefix_of_the_examples(tok):
     row = dict(instruction="a", input="", output=" b c")
-    ids, start = E.example(tok, row)
-    assert ids[:start] == E.prompt_ids(tok, row) and ids[-1] == tok.eos[0]
-    assert E.example(tok, row, " b c") == (ids[:-1], start)
+    ids, start = text.example(tok, row)
+    assert ids[:start] == text.prompt_ids(tok, row) and ids[-1] == tok.eos[0]
+    assert text.example(tok, row, " b c") == (ids[:-1], start)
 
 
 # ------------------------------------------------------------------------------------ generation
@@ -80,39 +80,39 @@ def test_batched_cached_left_padded_generation_is_one_by_one(net, tok, prompts, 
     assert len({len(w) for w in want}) > 1 and sum(len(w) < 30 for w in want) > 2      # at different places
     sizes = []
     for budget in (1, 600, 10**6):
-        monkeypatch.setattr(E, "BATCH_TOKENS", budget)
-        assert E.generate(net, prompts, 30, tok.eos) == want
-        sizes.append(len(list(E.batches([len(p) + 30 for p in prompts], budget))))
+        monkeypatch.setattr(M, "BATCH_TOKENS", budget)
+        assert M.generate(net, prompts, 30, tok.eos) == want
+        sizes.append(len(list(M.batches([len(p) + 30 for p in prompts], budget))))
     assert sizes[0] == 9 > sizes[1] > sizes[2] == 1
 
 
 def test_generation_stops_at_any_eos_and_at_the_limit(net, tok, prompts):
     free = one_by_one(net, prompts[0], 12, [])
     assert len(set(free[:5])) > 2
-    assert E.generate(net, prompts[:1], 12, eos=[]) == [free]
-    assert E.generate(net, prompts[:1], 5, eos=[]) == [free[:5]]
+    assert M.generate(net, prompts[:1], 12, eos=[]) == [free]
+    assert M.generate(net, prompts[:1], 5, eos=[]) == [free[:5]]
     stop = free[4]
-    assert E.generate(net, prompts[:1], 12, eos=[10**6, stop]) == [free[:free.index(stop)]]
+    assert M.generate(net, prompts[:1], 12, eos=[10**6, stop]) == [free[:free.index(stop)]]
 
 
 def test_logits_beyond_the_vocabulary_are_masked(net, tok, prompts):
-    want, padded = E.generate(net, prompts, 10, tok.eos), net.cfg.vocab_size
+    want, padded = M.generate(net, prompts, 10, tok.eos), net.cfg.vocab_size
     widen = lambda m, a, logits: torch.cat([logits, logits.new_full((*logits.shape[:-1], 8), 1e6)], -1)
     with net.register_forward_hook(widen):
-        assert E.generate(net, prompts[:1], 1, tok.eos) == [[padded]]
-        assert E.generate(net, prompts, 10, tok.eos, tok.size) == want
+        assert M.generate(net, prompts[:1], 1, tok.eos) == [[padded]]
+        assert M.generate(net, prompts, 10, tok.eos, tok.size) == want
 
 
 def test_a_token_is_drawn_from_the_likeliest_that_hold_top_p():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]))
-    assert E.pick(logits).tolist() == [0, 3] and E.pick(logits, 1e-4).tolist() == [0, 3]
+    assert M.pick(logits).tolist() == [0, 3] and M.pick(logits, 1e-4).tolist() == [0, 3]
     torch.manual_seed(0)
     many = logits.repeat(20000, 1)
     for temperature, top_p, want in (
             (1.0, 1.0, [0.5, 0.3, 0.15, 0.05]), (1.0, 0.9, [0.5, 0.3, 0.15, 0]),
             (1.0, 0.79, [0.5, 0.3, 0, 0]), (1.0, 0.49, [1, 0, 0, 0]), (1.0, 0.01, [1, 0, 0, 0]),
             (0.5, 1.0, [0.25, 0.09, 0.0225, 0.0025])):
-        drawn = E.pick(many, temperature, top_p).view(-1, 2)
+        drawn = M.pick(many, temperature, top_p).view(-1, 2)
         for column, order in ((0, [0, 1, 2, 3]), (1, [3, 2, 1, 0])):
             share = drawn[:, column].bincount(minlength=4)[order] / len(drawn)
             want_share = torch.tensor(want) / sum(want)     # its deviation in 20000 draws is at most 0.0035
@@ -123,36 +123,36 @@ def test_a_token_is_drawn_from_the_likeliest_that_hold_top_p():
 def test_tokens_that_hold_exactly_top_p_are_enough():
     """Quarters and their sums are exact in any arithmetic; which two of the four are kept is the sort's."""
     torch.manual_seed(0)
-    drawn = [E.pick(torch.zeros(1, 4), 1.0, 0.5).item() for _ in range(60)]
+    drawn = [M.pick(torch.zeros(1, 4), 1.0, 0.5).item() for _ in range(60)]
     assert len(set(drawn)) == 2
 
 
 def test_sampling_differs_from_sample_to_sample_and_repeats_with_the_seed(net, tok, prompts):
     def draw():
         torch.manual_seed(1)
-        return E.generate(net, prompts[:1] * 6, 12, tok.eos, tok.size, temperature=2.0)
+        return M.generate(net, prompts[:1] * 6, 12, tok.eos, tok.size, temperature=2.0)
 
     first = draw()
     assert len(set(map(tuple, first))) > 1 and draw() == first
 
 
 def test_a_row_stops_soon_after_it_is_finished(net, tok, prompts, monkeypatch):
-    monkeypatch.setattr(E, "STOP_EVERY", 4)
-    free = E.generate(net, prompts[:3], 20, [])
+    monkeypatch.setattr(M, "STOP_EVERY", 4)
+    free = M.generate(net, prompts[:3], 20, [])
     asked = []
     finished = lambda i, ids: asked.append((i, len(ids))) or len(ids) >= (8 if i else 4)
-    assert E.generate(net, prompts[:3], 20, [], finished=finished) == [
+    assert M.generate(net, prompts[:3], 20, [], finished=finished) == [
         row[:8] for row in free]                            # the last to finish ends the batch
     assert {n for _, n in asked} == {4, 8} and {i for i, _ in asked} == {0, 1, 2}
     told = {}
-    E.generate(net, prompts[:3], 5, [], each=told.__setitem__)
+    M.generate(net, prompts[:3], 5, [], each=told.__setitem__)
     assert told == {i: row[:5] for i, row in enumerate(free)}
 
 
 # ------------------------------------------------------------------------------------ likelihood
 
 def test_nll_is_the_sum_of_token_losses_in_any_batching(net, tok, monkeypatch):
-    examples = [E.example(tok, row) for row in arithmetic.generate("test", 7, 2, 0)]
+    examples = [text.example(tok, row) for row in arithmetic.generate("test", 7, 2, 0)]
     examples.append((examples[0][0], 0))                # supervised from the first token that has a past
     want = []
     for ids, start in examples:
@@ -160,7 +160,7 @@ def test_nll_is_the_sum_of_token_losses_in_any_batching(net, tok, monkeypatch):
         parts = [-log_p[t - 1, ids[t]].item() for t in range(max(start, 1), len(ids))]
         want.append((pytest.approx(sum(parts), rel=FLOAT32), len(parts)))
     for budget in (1, 200, 10**6):
-        monkeypatch.setattr(E, "BATCH_TOKENS", budget)
+        monkeypatch.setattr(M, "BATCH_TOKENS", budget)
         assert E.nll(net, examples) == want
 
 
@@ -180,7 +180,7 @@ def test_likelihood_picks_the_choice_with_the_least_loss(net, tok, tmp_path):
     assert result["likelihood"] == pytest.approx(1 / 3) and result["majority"] == 2 / 3
     dump = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
     assert [(line["chosen"], line["answer"]) for line in dump] == [("a", "a"), ("a", "b"), ("a", "b")]
-    losses = E.nll(net, [E.example(tok, row) for row in rows])
+    losses = E.nll(net, [text.example(tok, row) for row in rows])
     want = sum(a for a, _ in losses) / sum(b for _, b in losses)
     assert result["loss"] == pytest.approx(want, rel=FLOAT32)
     assert math.isfinite(result["loss"])
@@ -218,7 +218,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(net, tok, tmp_path, 
     kept = "".join(json.dumps({k: line[k] for k in ("row", "prompt", "output")}) + "\n" for line in kept)
     file.write_text(kept + whole.splitlines()[2][:30])
     asked = []
-    real = E.generate
+    real = M.generate
     counted = lambda model, prompts, *a, **k: asked.append(len(prompts)) or real(model, prompts, *a, **k)
     monkeypatch.setattr(E, "generate", counted)
     E.evaluate(net, tok, arithmetic, rows, file)
@@ -232,7 +232,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(net, tok, tmp_path, 
 def test_outputs_survive_line_separators_and_two_stops(net, tok, tmp_path):
     """U+2028 is no end of a line of JSON; what follows a cut line starts a line of its own."""
     rows, file = arithmetic.generate("test", 4, 1, 0), tmp_path / "easy.jsonl"
-    first = json.dumps(dict(row=0, prompt=E.shown(rows[0]), output="a\u2028b\u0085c"), ensure_ascii=False)
+    first = json.dumps(dict(row=0, prompt=text.shown(rows[0]), output="a\u2028b\u0085c"), ensure_ascii=False)
     file.write_bytes((first + "\n" + '{"row": 1, "prompt": "\u00e9').encode()[:-1])
     E.evaluate(net, tok, arithmetic, rows, file)
     lines = E.read_lines(file)
@@ -266,7 +266,7 @@ def test_a_continuation_keeps_the_space_that_a_decoder_drops_at_the_start():
     fast = Tokenizer(models.WordLevel({"\u2581a": 0, "\u2581b": 1, "<x>": 2, "[UNK]": 3}, "[UNK]"))
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     fast.add_special_tokens(["<x>"])
-    tok = M.Tokenizer.__new__(M.Tokenizer)
+    tok = text.Tokenizer.__new__(text.Tokenizer)
     tok.fast = fast
     assert tok.decode([1]) == "b" and tok.continuation([0, 0], [1]) == " b"
     assert tok.continuation([0], [1, 2]) == " b" and "<x>" in tok.continuation([0], [1, 2], special=True)
@@ -275,7 +275,7 @@ def test_a_continuation_keeps_the_space_that_a_decoder_drops_at_the_start():
 def test_each_output_is_on_disk_as_soon_as_its_batch_is_done_and_before_any_score(net, tok, tmp_path,
                                                                                   monkeypatch):
     rows, file, seen = arithmetic.generate("test", 4, 1, 0), tmp_path / "easy.jsonl", []
-    monkeypatch.setattr(E, "BATCH_TOKENS", 1)                   # a row a batch
+    monkeypatch.setattr(M, "BATCH_TOKENS", 1)                   # a row a batch
     monkeypatch.setattr(E, "nll", lambda *a: 1 / 0)
     forward, written = net.forward, lambda: file.read_text().count("\n") if file.exists() else 0
     monkeypatch.setattr(net, "forward", lambda *a, **k: seen.append(written()) or forward(*a, **k))
@@ -344,7 +344,7 @@ def test_code_is_scored_only_where_that_is_allowed(net, tok, tmp_path, capsys):
 def test_the_list_shows_every_task(capsys):
     E.main(["--list"])
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == sum(len(module.TASKS) for module in E.task_files()) > 20
+    assert len(out) == sum(len(module.TASKS) for module in tasks.task_files()) > 20
     line = next(line for line in out if " SVAMP " in line)
     assert line.split()[:5] == ["math", "SVAMP", "1000", "rows", "accuracy"]
     assert "math/SVAMP.json" in line and "from LLM-Adapters" in line
@@ -353,17 +353,18 @@ def test_the_list_shows_every_task(capsys):
 # ------------------------------------------------------------------------------------ tasks, the command
 
 def test_a_task_is_a_family_a_set_or_a_path():
-    assert E.find_task("arithmetic")[1] == ["two_step"]
-    module, names = E.find_task("commonsense")
+    assert tasks.find_task("arithmetic")[1] == ["two_step"]
+    module, names = tasks.find_task("commonsense")
     assert module.FAMILY == "commonsense" and len(names) == 8
-    assert E.find_task("ARC-Easy") == (module, ["ARC-Easy"])
-    assert E.find_task("some/mine.jsonl")[1] == ["some/mine.jsonl"]
+    assert tasks.find_task("ARC-Easy") == (module, ["ARC-Easy"])
+    assert tasks.find_task("some/mine.jsonl")[1] == ["some/mine.jsonl"]
     with pytest.raises(ValueError, match="task 'own', expected one of arithmetic"):
-        E.find_task("own")
+        tasks.find_task("own")
 
 
 def test_every_task_file_meets_its_contract():
-    stems = [f.stem for f in sorted((ROOT / "data").glob("*.py")) if f.stem not in ("__init__", "sandbox")]
+    others = ("__init__", "sandbox", "tasks", "text")
+    stems = [f.stem for f in sorted((ROOT / "data").glob("*.py")) if f.stem not in others]
     assert {"arithmetic", "commonsense", "math_reasoning", "code_generation", "glue", "own"} == set(stems)
     for stem in stems:
         module = __import__(f"data.{stem}", fromlist=["x"])
@@ -373,14 +374,14 @@ def test_every_task_file_meets_its_contract():
         assert callable(module.rows) and callable(module.score)
         for entry in module.TASKS.values():
             assert {"rows", "metric", "file", "source"} <= set(entry)
-        text = Path(module.__file__).read_text(encoding="utf-8")
-        imports = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
+        lines = Path(module.__file__).read_text(encoding="utf-8").splitlines()
+        imports = [line for line in lines if line.startswith(("import ", "from "))]
         imported = {line.split()[1].partition(".")[0] for line in imports}
-        assert imported <= sys.stdlib_module_names | ({"data"} if stem == "code_generation" else set())
+        assert imported <= sys.stdlib_module_names | {"data"}       # what of data: test_rooms
 
 
 def test_the_command_runs_alone_with_an_adapter(tiny, tmp_path):
-    net = M.load(tiny)
+    net = checkpoint.load(tiny)
     lora = checkpoint.load_method("lora")
     lora.inject(net, ("q_proj",), 2)
     checkpoint.save_adapter(tmp_path / "a", net, dict(method="lora", targets=["q_proj"], rank=2))

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoint
 import glora
 import train
-from data import arithmetic
+from data import arithmetic, text
 
 
 def injected(o=20, i=24, rank=4, seed=0, dtype=torch.float64, **own):
@@ -494,13 +494,12 @@ def test_ties_go_to_the_first_feature():
 
 def test_the_region_does_not_depend_on_the_micro_batch_size(tiny):
     """observe() sees the whole accumulated batch, once per step."""
-    from model import Tokenizer, load
     regions = []
     for micro in (8, 2):
         torch.manual_seed(0)
-        model = load(tiny).double()
+        model = checkpoint.load(tiny).double()
         rows = arithmetic.rows(".", "arithmetic", "train")[:8]
-        examples, _ = train.encode(Tokenizer(tiny, model.cfg), rows, 512, False)
+        examples, _ = text.encode(text.Tokenizer(tiny, model.cfg), rows, 512, False)
         glora.inject(model, ("q_proj", "up_proj"), 8)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
         for t in range(2):

@@ -11,7 +11,7 @@ import checkpoint
 import evaluate as E
 import model as M
 import train
-from data import glue
+from data import glue, text
 from experiments.small_roberta import make
 
 CASES = {name: ([random.Random(i).randint(0, 1) for i in range(n)],
@@ -132,10 +132,10 @@ def test_a_classifier_learns_and_its_head_is_saved_merged_and_reloaded(roberta, 
     head = 32 * 32 + 32 + 2 * 32 + 2
     assert f"and {head:,} of its head" in printed
     assert summary["trainable"] == 2 * 4 * (4 * 64 + 2 * (32 + 128))        # the adapters alone
-    adapted = M.load(roberta, num_labels=2)
+    adapted = checkpoint.load(roberta, num_labels=2)
     checkpoint.load_adapter(adapted, tmp_path / "run" / "adapter")
-    merged = M.load(tmp_path / "run" / "merged")
-    tok = M.Tokenizer(roberta, merged.cfg)
+    merged = checkpoint.load(tmp_path / "run" / "merged")
+    tok = text.Tokenizer(roberta, merged.cfg)
     rows = glue.rows(data, "sst2", "test")
     results = [E.evaluate(net, tok, glue, rows) for net in (adapted, merged)]
     for result in results:
@@ -151,29 +151,30 @@ def test_a_classifier_learns_and_its_head_is_saved_merged_and_reloaded(roberta, 
 def test_three_labels_get_a_head_of_three(roberta, data, tmp_path):
     summary = run("--model", roberta, "--data", data, "--task", "mnli", "--batch_size", 4, "--max_steps", 2,
                   "--method", "gfa", "--merge", out=tmp_path / "run")
-    assert M.load(tmp_path / "run" / "merged").cfg.num_labels == 3 and 0 <= summary["after"]["mnli"] <= 1
+    assert checkpoint.load(tmp_path / "run" / "merged").cfg.num_labels == 3
+    assert 0 <= summary["after"]["mnli"] <= 1
 
 
 def test_packed_batches_are_one_by_one(roberta, data, monkeypatch):
-    net = M.load(roberta, torch.float64, num_labels=2)
-    tok = M.Tokenizer(roberta, net.cfg)
+    net = checkpoint.load(roberta, torch.float64, num_labels=2)
+    tok = text.Tokenizer(roberta, net.cfg)
     rows = glue.rows(data, "sst2", "test")
-    examples = [E.example(tok, row) for row in rows]
+    examples = [text.example(tok, row) for row in rows]
     assert len({len(ids) for ids, _ in examples}) > 2
     alone = torch.cat([net(torch.tensor([ids])) for ids, _ in examples])
-    torch.testing.assert_close(E.classify(net, examples), alone)
+    torch.testing.assert_close(net.classify(examples), alone)
     labels = torch.tensor([row["label"] for row in rows])
     want = torch.nn.functional.cross_entropy(alone, labels, reduction="none").tolist()
     for budget in (1, 50, 10**6):
-        monkeypatch.setattr(E, "BATCH_TOKENS", budget)
+        monkeypatch.setattr(M, "BATCH_TOKENS", budget)
         assert [loss for loss, _ in E.nll(net, examples)] == pytest.approx(want)
         right = accuracy_score(labels, alone.argmax(-1))
         assert E.evaluate(net, tok, glue, rows)["accuracy"] == right
 
 
 def test_a_pair_keeps_its_special_tokens_and_at_most_512_tokens(roberta):
-    cfg = M.load(roberta, num_labels=2).cfg
-    tok = M.Tokenizer(roberta, cfg)
+    cfg = checkpoint.load(roberta, num_labels=2).cfg
+    tok = text.Tokenizer(roberta, cfg)
     assert tok.longest == 512
     short = tok.pair("fine", "dull")
     one, two = tok.encode("fine"), tok.encode("dull")
@@ -181,10 +182,10 @@ def test_a_pair_keeps_its_special_tokens_and_at_most_512_tokens(roberta):
     long = tok.pair("fine " * 900, "dull plot")
     assert len(long) == 512 and long[0] == 0 and long[-1] == 2 and long.count(2) == 3
     assert len(tok.pair("fine " * 900, None, 40)) == 40
-    net = M.load(roberta, num_labels=2)
+    net = checkpoint.load(roberta, num_labels=2)
     assert net(torch.tensor([long])).isfinite().all()
     rows = [dict(text="fine " * 900, pair=None, label=1), dict(text="fine", pair=None, label=0)]
-    examples, cut = train.encode(tok, rows, 2000)
+    examples, cut = text.encode(tok, rows, 2000)
     assert cut == 1 and [len(ids) for ids, _ in examples] == [512, len(one) + 2]
     assert [label for _, label in examples] == [1, 0]
 
@@ -192,11 +193,11 @@ def test_a_pair_keeps_its_special_tokens_and_at_most_512_tokens(roberta):
 def test_a_head_that_trains_on_a_bf16_encoder_is_fp32(roberta, data, tmp_path):
     run("--model", roberta, "--data", data, "--task", "sst2", "--max_steps", 2, "--method", "lora",
         "--dtype", "bfloat16", out=tmp_path / "run")
-    net = M.load(roberta, torch.bfloat16, num_labels=2)
+    net = checkpoint.load(roberta, torch.bfloat16, num_labels=2)
     checkpoint.load_adapter(net, tmp_path / "run" / "adapter")
     assert {p.dtype for p in net.classifier.parameters()} == {torch.float32}
     assert net.blocks()[0].output["dense"].base.weight.dtype == torch.bfloat16
-    assert E.classify(net, [([0, 5, 2], 1)]).dtype == torch.float32
+    assert net.classify([([0, 5, 2], 1)]).dtype == torch.float32
 
 
 def test_the_command_evaluates_the_family_and_names_what_is_missing(roberta, data, capsys):

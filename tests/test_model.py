@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 import model as M
+from data import text
 
 tf = pytest.importorskip("transformers")
 SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -62,7 +64,7 @@ def test_logits_are_those_of_transformers(name, dialect, tmp_path):
     assert "rope_parameters" in json.loads((tmp_path / "config.json").read_text())
     if dialect == "old":
         old_dialect(tmp_path)
-    ours, ids = M.load(tmp_path), torch.randint(97, (2, 40))
+    ours, ids = checkpoint.load(tmp_path), torch.randint(97, (2, 40))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), hf(ids).logits, rtol=1e-4, atol=1e-4)
 
@@ -74,7 +76,7 @@ def test_llama3_rope_past_position_1000(tmp_path):
         for layer in hf.model.layers:
             layer.self_attn.q_proj.weight.mul_(8)       # attention that is sharp enough to feel an angle
     hf.save_pretrained(tmp_path)
-    ours, ids = M.load(tmp_path), torch.randint(97, (1, 1300))
+    ours, ids = checkpoint.load(tmp_path), torch.randint(97, (1, 1300))
     with torch.no_grad():
         want = hf(ids).logits
         torch.testing.assert_close(ours(ids), want, rtol=1e-3, atol=1e-3)
@@ -84,14 +86,14 @@ def test_llama3_rope_past_position_1000(tmp_path):
 
 def test_llama_1_and_2_state_no_theta_and_mean_10000():
     c = dict(model_type="llama", **SMALL, rms_norm_eps=1e-5)
-    assert M.read_config(c).rope == {"rope_theta": 10000.0, "rope_type": "default"}
+    assert checkpoint.read_config(c).rope == {"rope_theta": 10000.0, "rope_type": "default"}
     with pytest.raises(ValueError, match="rotary embedding without rope_theta"):
-        M.read_config(dict(c, model_type="qwen2"))
+        checkpoint.read_config(dict(c, model_type="qwen2"))
 
 
 def test_packed_is_one_by_one_is_a_block_diagonal_mask(tmp_path):
     saved(tmp_path, DECODERS["qwen3"]())
-    ours, lengths = M.load(tmp_path).double(), [7, 1, 12, 5]
+    ours, lengths = checkpoint.load(tmp_path).double(), [7, 1, 12, 5]
     ids = torch.randint(97, (sum(lengths),))
     packed = ours(ids, lengths)
     one_by_one = torch.cat([ours(part[None])[0] for part in ids.split(lengths)])
@@ -109,7 +111,7 @@ def test_packed_is_one_by_one_is_a_block_diagonal_mask(tmp_path):
 
 def test_left_padding_changes_nothing_and_is_never_nan(tmp_path):
     saved(tmp_path, DECODERS["llama3"]())
-    ours = M.load(tmp_path).double()
+    ours = checkpoint.load(tmp_path).double()
     row, pads = torch.randint(97, (1, 9)), 30
     padded = torch.cat([torch.zeros(1, pads, dtype=torch.long), row], 1)
     real = torch.arange(pads + 9)[None] >= pads
@@ -121,7 +123,7 @@ def test_left_padding_changes_nothing_and_is_never_nan(tmp_path):
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
 def test_cached_is_uncached(name, tmp_path):
     saved(tmp_path, DECODERS[name]())
-    ours, ids = M.load(tmp_path).double(), torch.randint(97, (2, 14))
+    ours, ids = checkpoint.load(tmp_path).double(), torch.randint(97, (2, 14))
     cache, past, got = ours.new_cache(2, 14), 0, []
     for t in (5, 1, 1, 4, 3):       # chunks after the first see the past and the past only
         got.append(ours(ids[:, past:past + t], cache=cache, past=past))
@@ -131,7 +133,7 @@ def test_cached_is_uncached(name, tmp_path):
 
 def test_checkpointing_changes_memory_not_gradients(tmp_path):
     saved(tmp_path, DECODERS["qwen2"]())
-    ours, ids = M.load(tmp_path).double(), torch.randint(97, (11,))
+    ours, ids = checkpoint.load(tmp_path).double(), torch.randint(97, (11,))
     ours.requires_grad_(False)
     W = ours.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)     # frozen embeddings below
     grads, kept = [], []
@@ -155,7 +157,7 @@ def roberta(**kw):
 @pytest.mark.parametrize("labels", [2, 3])
 def test_roberta_is_transformers_padded_and_packed(labels, tmp_path):
     hf = saved(tmp_path, roberta(num_labels=labels))
-    ours, ids = M.load(tmp_path), torch.randint(3, 97, (2, 11))
+    ours, ids = checkpoint.load(tmp_path), torch.randint(3, 97, (2, 11))
     ids[1, 7:] = 1
     with torch.no_grad():
         want = hf(ids, attention_mask=ids != 1).logits
@@ -166,7 +168,7 @@ def test_roberta_is_transformers_padded_and_packed(labels, tmp_path):
 
 def test_roberta_counts_its_positions_from_the_pad(tmp_path):
     saved(tmp_path, roberta())
-    ours = M.load(tmp_path)
+    ours = checkpoint.load(tmp_path)
     ours(torch.full((1, 38), 5))                    # 40 positions, two before the first token
     with pytest.raises(ValueError, match="39 tokens in a sequence, the model has positions for 38"):
         ours(torch.full((1, 39), 5))
@@ -174,7 +176,7 @@ def test_roberta_counts_its_positions_from_the_pad(tmp_path):
 
 def test_roberta_dropout_acts_in_training_only(tmp_path):
     saved(tmp_path, roberta())
-    ours, ids = M.load(tmp_path), torch.randint(3, 97, (4, 9))
+    ours, ids = checkpoint.load(tmp_path), torch.randint(3, 97, (4, 9))
     torch.testing.assert_close(ours(ids), ours(ids))
     ours.train()
     assert not torch.allclose(ours(ids), ours(ids), atol=1e-3)      # far more than rounding
@@ -183,7 +185,7 @@ def test_roberta_dropout_acts_in_training_only(tmp_path):
 def test_a_pretrained_roberta_gets_a_fresh_head_and_leaves_its_lm_head(tmp_path):
     saved(tmp_path, tf.RobertaForMaskedLM(tf.RobertaConfig(**SMALL, max_position_embeddings=40)))
     torch.manual_seed(1)
-    ours = M.load(tmp_path, num_labels=3)
+    ours = checkpoint.load(tmp_path, num_labels=3)
     assert ours.fresh_head and ours.classifier["out_proj"].weight.shape == (3, 32)
     assert 0.01 < ours.classifier["dense"].weight.std() < 0.03 and not ours.classifier["dense"].bias.any()
     assert ours(torch.randint(3, 97, (2, 9))).shape == (2, 3)
@@ -194,7 +196,7 @@ def test_shards_load_like_one_file_into_the_wanted_dtype(name, tmp_path):
     hf = saved(tmp_path / "one", DECODERS[name]())
     hf.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
-    one, many = (M.load(tmp_path / n, torch.bfloat16) for n in ("one", "many"))
+    one, many = (checkpoint.load(tmp_path / n, torch.bfloat16) for n in ("one", "many"))
     for (name, a), (_, b) in zip(one.state_dict().items(), many.state_dict().items(), strict=True):
         assert a.dtype == torch.bfloat16 and torch.equal(a, b), name
     tied = one.lm_head.weight is one.model.embed_tokens.weight
@@ -203,7 +205,7 @@ def test_shards_load_like_one_file_into_the_wanted_dtype(name, tmp_path):
 
 def test_rotary_tables_are_fp32_in_a_bf16_model(tmp_path):
     saved(tmp_path, DECODERS["llama3"]())
-    ours = M.load(tmp_path, torch.bfloat16)
+    ours = checkpoint.load(tmp_path, torch.bfloat16)
     cos, sin = M.rope_table(ours.cfg, torch.arange(1000, 1003))
     assert cos.dtype == sin.dtype == torch.float32
     assert not any("rotary" in name for name, _ in ours.named_buffers())
@@ -221,17 +223,17 @@ def test_a_hub_id_is_looked_up_in_the_hubs_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     ids = torch.randint(97, (1, 5))
     with torch.no_grad():
-        torch.testing.assert_close(M.load("org/name")(ids), hf(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(checkpoint.load("org/name")(ids), hf(ids).logits, rtol=1e-4, atol=1e-4)
     message = "org/other: no such directory, and not to be had from the hub: ."
     with pytest.raises(ValueError, match=message) as error:
-        M.load("org/other")
+        checkpoint.load("org/other")
     assert "\n" not in str(error.value)
 
 
 def test_targets_never_hold_an_embedding_or_a_head():
     for family, named in M.TARGETS.items():
         with torch.device("meta"):
-            model = M.build(dict(
+            model = checkpoint.build(dict(
                 model_type=family, **SMALL, rms_norm_eps=1e-5, layer_norm_eps=1e-5, rope_theta=1e4,
                 hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, pad_token_id=1,
                 max_position_embeddings=40, type_vocab_size=1))
@@ -244,16 +246,16 @@ def test_targets_never_hold_an_embedding_or_a_head():
 
 def test_targets_are_read_as_a_word_or_a_list():
     with torch.device("meta"):
-        net = M.build(dict(model_type="llama", **SMALL, rms_norm_eps=1e-5))
-        encoder = M.build(roberta().config.to_dict())
+        net = checkpoint.build(dict(model_type="llama", **SMALL, rms_norm_eps=1e-5))
+        encoder = checkpoint.build(roberta().config.to_dict())
     assert M.targets_of(net, "attention") == ("q_proj", "k_proj", "v_proj", "o_proj")
-    for text in ("q_proj,self_attn.v_proj", "q_proj self_attn.v_proj", '["q_proj", "self_attn.v_proj"]'):
-        assert M.targets_of(net, text) == ("q_proj", "self_attn.v_proj")
+    for names in ("q_proj,self_attn.v_proj", "q_proj self_attn.v_proj", '["q_proj", "self_attn.v_proj"]'):
+        assert M.targets_of(net, names) == ("q_proj", "self_attn.v_proj")
     assert M.targets_of(encoder, "output.dense") == ("output.dense",)
-    for model, text, head in ((net, "q_proj,lm_head", "lm_head"), (encoder, "dense", "classifier.dense"),
-                              (encoder, "out_proj", "classifier.out_proj")):
+    for model, names, head in ((net, "q_proj,lm_head", "lm_head"), (encoder, "dense", "classifier.dense"),
+                               (encoder, "out_proj", "classifier.out_proj")):
         with pytest.raises(ValueError, match=f"match the head, {head}"):
-            M.targets_of(model, text)
+            M.targets_of(model, names)
 
 
 # ------------------------------------------------------------------------------------ bad checkpoints
@@ -329,11 +331,11 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_checkpoint_is_one_clear_error(name, directory):
-    M.load(directory)
+    checkpoint.load(directory)
     spoil, message = BAD[name]
     spoil(directory)
     with pytest.raises(ValueError, match=message) as error:
-        M.load(directory)
+        checkpoint.load(directory)
     assert str(directory) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -341,7 +343,7 @@ def test_older_files_may_carry_rotary_tables_and_a_tied_head(tmp_path):
     saved(tmp_path, DECODERS["qwen2-tied"]())
     edit_tensors(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
                                                "lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    M.load(tmp_path)
+    checkpoint.load(tmp_path)
 
 
 # ------------------------------------------------------------------------------------ tokenizer
@@ -349,8 +351,8 @@ def test_older_files_may_carry_rotary_tables_and_a_tied_head(tmp_path):
 def test_tokenizer_bos_is_the_post_processors_and_eos_is_a_list(tiny, tmp_path):
     from tokenizers import Tokenizer as Fast
     from tokenizers.processors import TemplateProcessing
-    cfg = M.read_config(M.read_json(tiny / "config.json"))
-    plain = M.Tokenizer(tiny, cfg)
+    cfg = checkpoint.read_config(checkpoint.read_json(tiny / "config.json"))
+    plain = text.Tokenizer(tiny, cfg)
     assert plain.bos == [] and plain.eos == [0]
     shutil.copytree(tiny, tmp_path / "t")
     fast = Fast.from_file(str(tiny / "tokenizer.json"))
@@ -360,7 +362,7 @@ def test_tokenizer_bos_is_the_post_processors_and_eos_is_a_list(tiny, tmp_path):
     fast.enable_padding(length=16)
     fast.save(str(tmp_path / "t" / "tokenizer.json"))
     (tmp_path / "t" / "generation_config.json").write_text('{"eos_token_id": [5, 0, 9]}')
-    other = M.Tokenizer(tmp_path / "t", cfg)
+    other = text.Tokenizer(tmp_path / "t", cfg)
     assert other.bos == [7] and other.eos == [0, 5, 9]
     assert other.encode("3 apples") == plain.encode("3 apples")
     assert other.decode(other.encode("She buys 3 apples, é!")) == "She buys 3 apples, é!"
@@ -368,26 +370,26 @@ def test_tokenizer_bos_is_the_post_processors_and_eos_is_a_list(tiny, tmp_path):
 
 def test_tokenizer_errors(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "t")
-    config = M.read_json(tiny / "config.json")
+    config = checkpoint.read_json(tiny / "config.json")
     with pytest.raises(ValueError, match=r"tokenizer\.json: \d+ tokens, the model's embedding has 100"):
-        M.Tokenizer(tiny, M.read_config(dict(config, vocab_size=100)))
+        text.Tokenizer(tiny, checkpoint.read_config(dict(config, vocab_size=100)))
     with pytest.raises(ValueError, match="no eos_token_id"):
-        M.Tokenizer(tiny, M.read_config(dict(config, eos_token_id=None)))
+        text.Tokenizer(tiny, checkpoint.read_config(dict(config, eos_token_id=None)))
     (tmp_path / "t" / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer"):
-        M.Tokenizer(tmp_path / "t", M.read_config(config))
+        text.Tokenizer(tmp_path / "t", checkpoint.read_config(config))
     (tmp_path / "t" / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"tokenizer\.json: no such file"):
-        M.Tokenizer(tmp_path / "t", M.read_config(config))
+        text.Tokenizer(tmp_path / "t", checkpoint.read_config(config))
 
 
 # ------------------------------------------------------------------------------------ a real model
 
 @pytest.mark.slow
 def test_smollm2_is_transformers_smollm2(smollm2):
-    from evaluate import generate
-    ours, hf = M.load(smollm2), tf.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    tok = M.Tokenizer(smollm2, ours.cfg)
+    ours = checkpoint.load(smollm2)
+    hf = tf.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    tok = text.Tokenizer(smollm2, ours.cfg)
     prompt = tok.encode("The capital of France is Paris. The capital of Italy is")
     ids = torch.tensor([prompt])
     with torch.no_grad():
@@ -396,4 +398,4 @@ def test_smollm2_is_transformers_smollm2(smollm2):
         want = want[0, len(prompt):]
     print(f"SmolLM2: largest logit difference {difference:.1e}")
     assert difference <= 1e-3
-    assert generate(ours, [prompt], 20, eos=[]) == [want.tolist()]
+    assert M.generate(ours, [prompt], 20, eos=[]) == [want.tolist()]

@@ -10,9 +10,8 @@ import torch
 
 import checkpoint
 import evaluate
-import model as M
 import train
-from data import commonsense
+from data import commonsense, text
 
 pytestmark = pytest.mark.slow
 
@@ -27,9 +26,9 @@ def test_the_bundled_model_learns_two_step_problems(method, tmp_path):
 
 def questions(directory, data):
     """Ids (4, 60) of what the model trained on: the first BoolQ prompts with their answers, as one text."""
-    tok = M.Tokenizer(directory, M.read_config(M.read_json(directory / "config.json")))
+    tok = text.Tokenizer(directory, checkpoint.read_config(checkpoint.read_json(directory / "config.json")))
     rows = commonsense.rows(data, "boolq", "test")[:8]
-    ids = [i for row in rows for i in evaluate.example(tok, row)[0]]
+    ids = [i for row in rows for i in text.example(tok, row)[0]]
     return torch.tensor(ids[:240]).view(4, 60)
 
 
@@ -45,7 +44,7 @@ def test_smollm2_learns_the_form_of_boolq_and_merges(smollm2, shared_data, tmp_p
     assert summary["majority"]["boolq"] == 0.70
     for key in ("before", "after", "before_likelihood", "after_likelihood"):
         assert 0 <= summary[key]["boolq"] <= 1
-    ours = M.load(out / "merged")
+    ours = checkpoint.load(out / "merged")
     theirs = tf.AutoModelForCausalLM.from_pretrained(out / "merged").eval()
     ids = questions(smollm2, shared_data)
     with torch.no_grad():
@@ -64,7 +63,7 @@ def test_a_short_run_on_smollm2_merges_to_the_same_function(method, flags, smoll
     train.main(["--method", method, "--rank", "8", "--model", str(smollm2), "--task", "boolq",
                 "--data", str(shared_data), "--max_steps", "12", "--eval_limit", "8", "--no-eval_before",
                 "--merge", "--out_dir", str(out), *flags])
-    merged, adapted, base = M.load(out / "merged"), M.load(smollm2), M.load(smollm2)
+    merged, adapted, base = (checkpoint.load(path) for path in (out / "merged", smollm2, smollm2))
     checkpoint.load_adapter(adapted, out / "adapter")
     ids = questions(smollm2, shared_data)
     with torch.no_grad():

@@ -15,9 +15,9 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import model as M
+import presets
 import train
-from data import arithmetic
+from data import arithmetic, text
 
 FAST = ["--max_steps", "3", "--batch_size", "4", "--train_rows", "40", "--eval_limit", "4",
         "--log_every", "1"]
@@ -43,14 +43,14 @@ def refuses(capsys, *args, **kw):
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return M.Tokenizer(tiny, M.read_config(M.read_json(tiny / "config.json")))
+    return text.Tokenizer(tiny, checkpoint.read_config(checkpoint.read_json(tiny / "config.json")))
 
 
 # ------------------------------------------------------------------------------------ the gradient
 
 def injected(tiny, method="lora", **kw):
     torch.manual_seed(0)
-    model = M.load(tiny, torch.float64)
+    model = checkpoint.load(tiny, torch.float64)
     checkpoint.load_method(method).inject(model, ("q_proj", "down_proj"), 4, **kw)
     for p in model.parameters():
         if p.requires_grad:
@@ -70,7 +70,7 @@ def uneven(tokenizer):
     rows = arithmetic.generate("train", 8, 2, 0)
     for i, row in enumerate(rows):
         row["output"] = row["output"] * (i % 4 + 1)
-    return train.encode(tokenizer, rows, 512)[0]
+    return text.encode(tokenizer, rows, 512)[0]
 
 
 FLOAT32 = 1e-5      # losses are float32 in a float64 model too: an ulp of its largest logits, 27, is 2e-6
@@ -114,27 +114,27 @@ def test_checkpointing_and_compile_free_gradients_agree(tiny, tokenizer):
 
 def test_supervision_starts_where_the_prompt_ends(tokenizer):
     row = arithmetic.generate("train", 1, 2, 0)[0]
-    (ids, start), = train.encode(tokenizer, [row], 512)[0]
+    (ids, start), = text.encode(tokenizer, [row], 512)[0]
     assert tokenizer.decode(ids[start:-1]) == row["output"] and ids[-1] == tokenizer.eos[0]
     assert tokenizer.decode(ids[:start]).endswith("### Response:\n")
-    (same, zero), = train.encode(tokenizer, [row], 512, train_on_prompt=True)[0]
+    (same, zero), = text.encode(tokenizer, [row], 512, train_on_prompt=True)[0]
     assert same == ids and zero == 0
 
 
 def test_an_eos_inside_the_text_is_still_supervised(tokenizer):
     """Masking is by length: masking by id would take the EOS away, and the model would never stop."""
     row = dict(instruction="<eos> <eos>", input="", output="<eos>")
-    (ids, start), = train.encode(tokenizer, [row], 512)[0]
+    (ids, start), = text.encode(tokenizer, [row], 512)[0]
     assert ids[start:] == [0, 0]
 
 
 def test_bos_comes_once_and_only_where_the_tokenizer_adds_it(tokenizer):
     row = dict(instruction="a", input="", output="b")
-    plain = train.encode(tokenizer, [row], 99)
+    plain = text.encode(tokenizer, [row], 99)
     tokenizer.bos = [7]
     try:
-        (ids, start), = train.encode(tokenizer, [row], 99)[0]
-        (cut, cut_start), = train.encode(tokenizer, [row], len(ids) - 1)[0]
+        (ids, start), = text.encode(tokenizer, [row], 99)[0]
+        (cut, cut_start), = text.encode(tokenizer, [row], len(ids) - 1)[0]
     finally:
         tokenizer.bos = []
     assert ids == [7, *plain[0][0][0]] and start == plain[0][0][1] + 1
@@ -143,12 +143,12 @@ def test_bos_comes_once_and_only_where_the_tokenizer_adds_it(tokenizer):
 
 def test_truncation_spares_the_answer_and_is_counted(tokenizer):
     row = arithmetic.generate("train", 1, 2, 0)[0]
-    (ids, start), = train.encode(tokenizer, [row], 512)[0]
+    (ids, start), = text.encode(tokenizer, [row], 512)[0]
     answer = len(ids) - start
     for max_len in (len(ids), len(ids) - 1, answer + 1, answer):
-        ((got, where),), cut = train.encode(tokenizer, [row], max_len)
+        ((got, where),), cut = text.encode(tokenizer, [row], max_len)
         assert len(got) == max_len and got[where:] == ids[start:] and cut == (max_len < len(ids))
-    ((got, where),), cut = train.encode(tokenizer, [row], answer - 3)
+    ((got, where),), cut = text.encode(tokenizer, [row], answer - 3)
     assert (got, where, cut) == (ids[start:-3], 0, 1)           # even the answer is too long
 
 
@@ -223,11 +223,11 @@ def test_a_run_leaves_its_files(method, tiny, tmp_path, capsys):
     assert "torch" in json.loads((out / "env.json").read_text())
     assert {p.name for p in out.iterdir()} - {"loss.png"} == {
         "args.json", "env.json", "metrics.jsonl", "eval", "summary.json", "adapter", "merged"}
-    adapted, merged = M.load(tiny), M.load(out / "merged")
+    adapted, merged = checkpoint.load(tiny), checkpoint.load(out / "merged")
     checkpoint.load_adapter(adapted, out / "adapter")
     ids = torch.randint(400, (1, 20))
     torch.testing.assert_close(merged(ids), adapted(ids), rtol=0, atol=1e-3)
-    assert (merged(ids) - M.load(tiny)(ids)).abs().max() > 1e-3
+    assert (merged(ids) - checkpoint.load(tiny)(ids)).abs().max() > 1e-3
 
 
 def test_the_same_seed_gives_the_same_run_another_another(tmp_path):
@@ -261,11 +261,11 @@ def test_a_last_partial_batch_is_trained_on(tmp_path):
 
 
 def test_epochs_count_steps(tmp_path, capsys):
-    args, method = train.parse(["--model", str(ROOT / "data" / "tiny"), "--task", "arithmetic",
-                                "--epochs", "1.5", "--train_rows", "10", "--batch_size", "4",
-                                "--out_dir", str(tmp_path / "x")])
-    prepared = train.prepare(args, method)
-    assert (prepared.steps_per_epoch, prepared.steps) == (3, 5)
+    train.main(["--model", str(ROOT / "data" / "tiny"), "--task", "arithmetic", "--epochs", "1.5",
+                "--train_rows", "10", "--batch_size", "4", "--eval_limit", "1", "--no-eval_before",
+                "--out_dir", str(tmp_path / "x")])
+    assert "5 steps of 3 an epoch" in capsys.readouterr().out
+    assert json.loads((tmp_path / "x" / "summary.json").read_text())["steps"] == 5
 
 
 def test_validation_keeps_the_best_adapter_beside_the_last(tmp_path, capsys):
@@ -353,22 +353,21 @@ def test_hooks_are_called_as_the_contract_says(tmp_path, monkeypatch):
 def test_a_copy_of_lora_is_a_method_without_any_other_edit(tmp_path):
     flags = '{"k": (2, "a number"), "mode": ("a", "a choice", ["a", "b"]), "on": (True, "a switch")}'
     own = VARIANT.replace("DEFAULTS = {}", f"DEFAULTS = {flags}")
-    own = own.replace("dropout=0.0):\n    \"\"\"Freeze",
-                      "dropout=0.0, *, k=2, mode='a', on=True):\n    \"\"\"Freeze")
+    own = own.replace("alpha=None, dropout=0.0):", "alpha=None, dropout=0.0, *, k=2, mode='a', on=True):")
     own = own.replace("    model.requires_grad_(False)",
                       "    assert (k, mode, on) == (4, 'b', False)\n    model.requires_grad_(False)", 1)
     (tmp_path / "mine.py").write_text(own, encoding="utf-8")
     summary = run("--method", tmp_path / "mine.py", *FAST, "--k", 4, "--mode", "b", "--no-on",
                   out=tmp_path / "run")
     assert summary["method"].endswith("mine.py")
-    model = M.load(ROOT / "data" / "tiny")
+    model = checkpoint.load(ROOT / "data" / "tiny")
     checkpoint.load_adapter(model, tmp_path / "run" / "adapter")
 
 
 def test_precedence_command_line_preset_common_default(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(VARIANT + '\nCOMMON = {"lr": 7e-4, "alpha": 3.0}\n', encoding="utf-8")
-    monkeypatch.setitem(train.PRESETS, "some", dict(alpha=5.0, batch_size=64))
-    monkeypatch.setitem(train.PRESETS, "some/mine", dict(batch_size=32))
+    rows = {"all": dict(alpha=5.0, batch_size=64), "mine": dict(batch_size=32)}
+    monkeypatch.setitem(presets.PRESETS, "some", rows)
     parse = lambda *a: train.parse(["--method", str(tmp_path / "mine.py"), "--model", "x", *a])[0]
     assert (parse().lr, parse().alpha, parse().batch_size) == (7e-4, 3.0, 4)
     got = parse("--preset", "some")
@@ -535,11 +534,11 @@ def test_a_users_own_file_trains_and_evaluates(tmp_path):
     assert len((tmp_path / "run" / "eval" / "mine.after.jsonl").read_text().splitlines()) == 5
 
 
-def test_one_set_trains_on_its_own_rows_of_the_mix(shared_data, capsys):
-    args, method = train.parse(["--model", str(ROOT / "data" / "tiny"), "--task", "boolq",
-                                "--data", str(shared_data)])
-    prepared = train.prepare(args, method)
-    assert len(prepared.train) == 830 and list(prepared.sets) == ["boolq"] and prepared.absent == []
+def test_one_set_trains_on_its_own_rows_of_the_mix(shared_data, tmp_path, capsys):
+    summary = run("--task", "boolq", "--data", shared_data, "--max_steps", 1, "--eval_limit", 2,
+                  "--batch_size", 2, "--no-eval_before", out=tmp_path / "run")
+    assert "830 examples" in capsys.readouterr().out
+    assert set(summary["after"]) == {"mean", "boolq"} and "absent" not in summary
 
 
 def test_a_family_names_the_sets_that_are_not_there(shared_data, tmp_path, capsys):

@@ -18,10 +18,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import arithmetic
-from evaluate import PROMPT, generate, pack, prompt_ids
-from model import Tokenizer as OurTokenizer
-from model import build
+import checkpoint
+from data import arithmetic, text
+from model import generate, pack
 
 STEPS, BATCH, LR, WARMUP = 2000, 64, 3e-3, 100
 LEADS = ("", "", "Let us see. ", "We count. ", "First we write it down: ", "So ")   # no fixed place for a sum
@@ -36,10 +35,10 @@ def make_tokenizer(rows):
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tok.decoder = decoders.ByteLevel()
-    before, after = PROMPT.split("{instruction}")
+    before, after = text.PROMPT.split("{instruction}")
     trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<eos>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    texts = [text for row in rows for text in (row["instruction"], row["output"], *LEADS)]
+    texts = [words for row in rows for words in (row["instruction"], row["output"], *LEADS)]
     tok.train_from_iterator(texts, trainer)
     tok.add_tokens([AddedToken(before, normalized=False), AddedToken(after, normalized=False)])
     return tok
@@ -47,7 +46,7 @@ def make_tokenizer(rows):
 
 def accuracy(model, tok, split, steps):
     rows = arithmetic.generate(split, 256, steps, seed=1)
-    prompts = [prompt_ids(tok, row) for row in rows]
+    prompts = [text.prompt_ids(tok, row) for row in rows]
     outputs = generate(model, prompts, arithmetic.MAX_NEW_TOKENS, tok.eos, tok.size)
     return arithmetic.score([tok.decode(ids) for ids in outputs], rows)["accuracy"]
 
@@ -62,8 +61,8 @@ def main(out):
     vocabulary = Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab_size()
     config = dict(CONFIG, vocab_size=-(-vocabulary // 8) * 8)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    model = build(json.loads((out / "config.json").read_text()))
-    tok = OurTokenizer(out, model.cfg)
+    model = checkpoint.build(json.loads((out / "config.json").read_text()))
+    tok = text.Tokenizer(out, model.cfg)
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, 0, CONFIG["initializer_range"])
@@ -71,7 +70,7 @@ def main(out):
 
     examples, leads = [], random.Random(0)
     for row in rows:
-        prompt, answer = prompt_ids(tok, row), leads.choice(LEADS) + row["output"]
+        prompt, answer = text.prompt_ids(tok, row), leads.choice(LEADS) + row["output"]
         examples.append((prompt + tok.encode(answer) + tok.eos[:1], len(prompt)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
