@@ -89,8 +89,8 @@ def read_lines(file):
 def write_lines(file, lines):
     """Puts {row: line} in the place of what the file held; a key that a line lacks but had there stays."""
     held, part = read_lines(file), file.with_name(f".{file.name}.part")
-    lines = (json.dumps(held.get(i, {}) | line, ensure_ascii=False) + "\n" for i, line in lines.items())
-    part.write_text("".join(lines), encoding="utf-8")
+    lines = [json.dumps(held.get(i, {}) | line, ensure_ascii=False) for i, line in lines.items()]
+    part.write_text("\n".join([*lines, ""]), encoding="utf-8")
     part.replace(file)
 
 
@@ -164,8 +164,8 @@ def evaluate(model, tokenizer, module, rows, file=None, rule="strict", n=1, temp
     """
     Every measure of one set: the task's own (accuracy, pass@k, Matthews ..) of n outputs a row; "loss", nats
     per token of the right outputs, EOS included, or per label; with choices "likelihood", the accuracy of the
-    likeliest one. Code is run, and so scored, only with `execute`. model None: the outputs are those in
-    `file`, and only they are scored. Writes one JSON line an output to `file`, see output_lines.
+    likeliest one. Code is run, and so scored, only with `execute`. model None: the outputs in `file` are
+    scored, nothing else. Writes output_lines to `file`.
     """
     samples, losses, chosen = [row for row in rows for _ in range(n)], None, {}
     if model is None:
@@ -195,14 +195,13 @@ def evaluate(model, tokenizer, module, rows, file=None, rule="strict", n=1, temp
 def evaluate_sets(model, tokenizer, module, sets, name_file=lambda name: None, **how):
     """
     {set: rows} -> {measure: {"mean": over the sets, set: value, ..}}, and prints a line a set. "main" is each
-    set's own metric, as its task file has it. name_file(set) is the file of its outputs; `how` is evaluate's.
+    set's own metric, as its task file has it. name_file(set): the file of its outputs; `how` is evaluate's.
     """
     table = {}
     for name, rows in sets.items():
         result = evaluate(model, tokenizer, module, rows, name_file(name), **how)
         if module.KIND == "execute" and not how.get("execute"):
-            print(f"{name}: not scored, since that runs generated code: --allow_code_execution, "
-                  "see data/sandbox.py")
+            print(f"{name}: not scored, since that runs generated code: --allow_code_execution (sandbox.py)")
         cells = (f"{measure} {value:.4f}" if measure == "loss" else f"{measure} {value:6.1%}"
                  for measure, value in result.items())
         print(f"{Path(name).stem:16}{'  '.join(cells)}  ({len(rows)} rows)", flush=True)
@@ -212,26 +211,21 @@ def evaluate_sets(model, tokenizer, module, sets, name_file=lambda name: None, *
             table.setdefault(measure, {})[name] = value
     if hasattr(module, "NOTE"):
         print(f"note: {module.NOTE}")
-    mean = lambda values: sum(values.values()) / len(values)
-    return {measure: {"mean": mean(values), **values} for measure, values in table.items()}
+    return {measure: {"mean": sum(v.values()) / len(v), **v} for measure, v in table.items()}
 
 
 # ------------------------------------------------------------------------------------ command line
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line, exit 2."""
-
-    def error(self, message):
+    def error(self, message):           # in one line, exit 2
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def shared_flags(p):
     """Flags that train.py has, too."""
-    add = p.add_argument
-    add("--rule", default="strict", choices=["strict", "paper"],
-        help="how answers are read off (math); paper: as LLM-Adapters")
-    add("--allow_code_execution", action=argparse.BooleanOptionalAction, default=False,
-        help="run generated code to score it, see data/sandbox.py")
+    add, flag = p.add_argument, argparse.BooleanOptionalAction
+    add("--rule", default="strict", choices=["strict", "paper"], help="of math; paper: as LLM-Adapters")
+    add("--allow_code_execution", action=flag, default=False, help="run generated code, see data/sandbox.py")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the frozen model")
     add("--device", default="auto")
 
@@ -285,12 +279,11 @@ def load_model(args, module, sets):
     model = checkpoint.load(args.model, checkpoint.pick_dtype(args.dtype, device), device,
                             num_labels=labels.pop() if len(labels) == 1 else None)
     tasks.check_kind(model, module)
-    tokenizer = text.Tokenizer(args.model, model.cfg)
     if args.adapter:
         checkpoint.load_adapter(model, args.adapter)
     elif model.fresh_head:
         print("note: the checkpoint has no classification head, this one is random")
-    return model, tokenizer
+    return model, text.Tokenizer(args.model, model.cfg)
 
 
 def run(args):
@@ -306,8 +299,7 @@ def run(args):
     model = tokenizer = None
     if not args.score_only:
         model, tokenizer = load_model(args, module, sets)
-        if module.KIND == "classify":   # a family may need heads of several sizes, and the model has one
-            sets = tasks.fitting(sets, module, model.cfg.num_labels)
+        sets = tasks.fitting(sets, module, getattr(model.cfg, "num_labels", None))
     elif module.KIND == "classify":     # of a family, those that the head fitted
         sets = {name: rows for name, rows in sets.items() if (out / f"{name}.jsonl").exists()}
     if out and not out.exists():

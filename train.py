@@ -11,7 +11,6 @@ import math
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -30,19 +29,18 @@ from model import targets_of
 def parse(argv):
     """-> args, method. Two passes: the first finds method and preset, the second has their defaults."""
     first = Parser(prog="train.py", add_help=False, allow_abbrev=False)
-    names = ", ".join(checkpoint.method_files())
-    first.add_argument("--method", default="lora", help=f"{names}, or a path to a .py file")
+    first.add_argument("--method", default="lora",
+                       help=f"{', '.join(checkpoint.method_files())}, or a path to a .py file")
     first.add_argument("--preset", help=f"defaults by name: {', '.join(presets.PRESETS)}")
     first.add_argument("--model", "--base_model", "--model_name_or_path",
                        help="Hugging Face directory or hub id; none: the bundled model, with --preset tiny")
-    early, _ = first.parse_known_args(argv)
+    early = first.parse_known_args(argv)[0]
     name = early.preset or (None if early.model else "tiny")
     try:
         method = checkpoint.load_method(early.method)
         shared, own, _ = presets.rows(name, method) if name else ({}, {}, None)
     except ValueError as error:
         first.error(error)
-
     p = Parser(prog="train.py", parents=[first], allow_abbrev=False, description=__doc__.split("\n")[1],
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_flags(p, method)
@@ -118,8 +116,8 @@ def check(p, args, method):
             (args.batch_size % micro,
              f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size {micro}"),
             (not 0 <= args.dropout < 1, f"--dropout {args.dropout}, expected 0 <= dropout < 1"),
-            (not args.epochs > 0, f"--epochs {args.epochs:g}, expected more than 0"),
-            (not args.lr > 0, f"--lr {args.lr:g}, expected more than 0"),
+            (not (args.epochs > 0 and args.lr > 0),
+             f"--epochs {args.epochs:g} --lr {args.lr:g}, expected both above 0"),
             (args.merge and hasattr(method, "NOT_MERGEABLE"),
              f"--merge: {getattr(method, 'NOT_MERGEABLE', '')}"),
             (args.eval_every and not args.val_rows,
@@ -131,9 +129,6 @@ def check(p, args, method):
 
 
 # ------------------------------------------------------------------------------------ pieces of the loop
-
-VALIDATION = 2**32 - 1      # as an epoch, one that never comes: its order says which rows are held out
-
 
 def order(seed, epoch, n):
     """The order of n examples in an epoch, a pure function of (seed, epoch): a resumed run sees the same."""
@@ -164,10 +159,7 @@ def reinit_steps(every, at, steps, steps_per_epoch):
 
 
 class Lion(torch.optim.Optimizer):
-    """
-    Lion (Chen et al. 2023): half of Adam's state. As in GraLoRA's scripts weight decay follows the schedule,
-    but not the peak learning rate: another rate does not decay more.
-    """
+    """Lion (Chen et al. 2023), half of Adam's state; decay by the schedule, not the peak rate (GraLoRA's)."""
 
     def __init__(self, params, lr, weight_decay=0.0, betas=(0.9, 0.95)):
         super().__init__(params, dict(lr=lr, initial_lr=lr, weight_decay=weight_decay, betas=betas))
@@ -221,7 +213,8 @@ def peak_memory_mb(device):
         import resource
     except ImportError:
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss           # bytes on a Mac, else kB
+    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
 
 
 # ------------------------------------------------------------------------------------ set-up
@@ -248,9 +241,9 @@ def adapt(args, method, model):
     method.inject(model, targets, args.rank, args.alpha, args.dropout, **own)
     if model.TRAINED_HEAD:                      # beside any adapter, in fp32 as they are
         model.get_submodule(model.TRAINED_HEAD).float().requires_grad_(True)
-    known = args.method in checkpoint.method_files()
-    return dict(method=args.method if known else str(Path(args.method).resolve()), targets=targets,
-                rank=args.rank, alpha=args.alpha, dropout=args.dropout, own=own, model=str(args.model))
+    name = args.method if args.method in checkpoint.method_files() else str(Path(args.method).resolve())
+    return dict(method=name, targets=targets, rank=args.rank, alpha=args.alpha, dropout=args.dropout, own=own,
+                model=str(args.model))
 
 
 def describe(args, method, model, examples, cut, steps, epoch_steps):
@@ -265,8 +258,8 @@ def describe(args, method, model, examples, cut, steps, epoch_steps):
           + (f", and {head:,} of its head" if head else ""))
     print(f"batch {args.micro_batch_size} x {args.batch_size // args.micro_batch_size} = {args.batch_size}, "
           f"{steps} steps of {epoch_steps} an epoch, peak learning rate {args.lr:g}")
-    tokens = sum(len(ids) for ids, _ in examples)
-    print(f"{len(examples)} examples, {tokens:,} tokens, {cut} truncated to {args.max_len}", flush=True)
+    print(f"{len(examples)} examples, {sum(len(ids) for ids, _ in examples):,} tokens, "
+          f"{cut} truncated to {args.max_len}", flush=True)
     if args.preset:
         _, own, owner = presets.rows(args.preset, method)
         own = ", ".join(f"{flag} {getattr(args, flag)}" for flag in own) or "nothing"
@@ -333,7 +326,7 @@ def main(argv=None):
         tasks.check_kind(model, task)
         tokenizer = text.Tokenizer(args.model, model.cfg)
         examples, cut = text.encode(tokenizer, rows, args.max_len, args.train_on_prompt)
-        held = set(order(args.seed, VALIDATION, len(rows))[:args.val_rows].tolist())
+        held = set(order(args.seed, 2**32 - 1, len(rows))[:args.val_rows].tolist())     # no epoch's order
         held_out = [example for i, example in enumerate(examples) if i in held]
         examples = [example for i, example in enumerate(examples) if i not in held]
         epoch_steps = math.ceil(len(examples) / args.batch_size)
@@ -414,9 +407,9 @@ def main(argv=None):
         method.merge(model)
         checkpoint.save_merged(out / "merged", model, args.model)
     plot(out)
-    show = lambda when: f"{summary[when]['mean']:.1%}" if summary[when] else "not scored"
-    before = f"{show('before')} -> " if args.eval_before else ""
-    print(f"{tasks.metric_of(task, next(iter(sets)))} {before}{show('after')}  {trainable:,} trainable  "
+    shown = [f"{summary[when]['mean']:.1%}" if summary[when] else "not scored"
+             for when in ("before", "after") if when in summary]
+    print(f"{tasks.metric_of(task, next(iter(sets)))} {' -> '.join(shown)}  {trainable:,} trainable  "
           f"{summary['seconds']:.0f} s  {out}")
 
 
@@ -427,11 +420,10 @@ def plot(out):
     except ImportError:
         return
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure()
-    axes = figure.subplots()
+    axes = Figure().subplots()
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
     axes.set(xlabel="step", ylabel="training loss")
-    figure.savefig(out / "loss.png")
+    axes.figure.savefig(out / "loss.png")
 
 
 if __name__ == "__main__":

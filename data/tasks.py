@@ -11,10 +11,7 @@ def task_files():
 
 
 def find_task(task):
-    """
-    A family, one set of it, or a path to a .json / .jsonl -> the task file's module and the names of its
-    test sets. ValueError lists what there is.
-    """
+    """-> module and test sets of a family, one set or a .json / .jsonl. ValueError lists what there is."""
     modules = task_files()
     for module in modules:
         if task == module.FAMILY and module.TASKS:
@@ -62,7 +59,7 @@ def labels_of(module, name):
 
 
 def fitting(sets, module, labels):
-    """The sets whose number of labels is that of the model's head; a line for each other one."""
+    """The sets that the model's one head fits (a family may need several); a line for each other one."""
     needs = {name: labels_of(module, name) for name in sets}
     for name, needed in needs.items():
         if needed != labels:
