@@ -148,10 +148,13 @@ def find(model, targets):
 def inject(model, targets, rank, alpha=None, dropout=0.0, *, sigma=0.02, match_lora=0.0):
     """
     Freeze the model, wrap its targets in place, register their factors as model.adapter.
-    ValueError for an alpha or a dropout, a rank outside 1..k, a budget below rank 1, a bad target.
+    ValueError for an alpha or a dropout, a rank outside 1..k, a budget below rank 1, a bad target
+    or sigma.
     """
     if alpha is not None or dropout:
         raise ValueError("GFA has no alpha (s = 1, Step 4) and no dropout (x meets W + Δ at once)")
+    if not sigma > 0:
+        raise ValueError(f"sigma {sigma}, expected above 0: B starts at zero, so A must not")
     found = find(model, targets)
     W = next(iter(found.values())).weight
     d = sum(base.weight.numel() for base in found.values())
@@ -165,6 +168,12 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, sigma=0.02, match_l
         setattr(model.get_submodule(parent), leaf, GFALinear(base, shared, start))
         start += base.weight.numel()                                    # c_i
     model.adapter = shared
+
+
+def count(shapes, rank, sigma=0.02, match_lora=0.0):
+    """Trainable parameters for targets of these (out, in): r (m + k), about 2 r √d (Step 4)."""
+    d, lora_1 = sum(p * q for p, q in shapes), sum(p + q for p, q in shapes)
+    return (rank_within(match_lora, d, lora_1) if match_lora else rank) * sum(fold(d))
 
 
 @torch.no_grad()

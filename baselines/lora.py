@@ -81,6 +81,11 @@ def inject(model, targets, rank, alpha=None, dropout=0.0):
         setattr(model.get_submodule(parent), leaf, LoRALinear(base, rank, alpha, dropout))
 
 
+def count(shapes, rank):
+    """Trainable parameters, r (in + out) for each target of these (out, in)."""
+    return rank * sum(o + i for o, i in shapes)
+
+
 @torch.no_grad()
 def merge(model):
     """Add every update to its weight, rounded once, and put the plain nn.Linear back."""
