@@ -48,6 +48,13 @@ def rank_of(M):
     return torch.linalg.matrix_rank(M).item()
 
 
+def rounded_once(got, W, A, B):
+    """Whether got is W + B A, rounded to its own dtype, in whatever order the products were summed in A's."""
+    eps, W, A, B = torch.finfo(A.dtype).eps, W.double(), A.detach().double(), B.detach().double()
+    exact, slack = W + B @ A, (len(A) + 2) * eps * (W.abs() + B.abs() @ A.abs()).max()
+    return bool((((exact - slack).to(got.dtype) <= got) & (got <= (exact + slack).to(got.dtype))).all())
+
+
 # ---------------------------------------------------------------------- decompositions
 
 def spectrum(n, m, sigma, seed=0):
@@ -134,13 +141,18 @@ def test_the_function_is_exact_whatever_the_route_as_the_residual_is_formed_from
     calls, real = [], torch.svd_lowrank
     monkeypatch.setattr(torch, "svd_lowrank", lambda *a, **k: calls.append(1) or real(*a, **k))
     model, optimizer, W = injected(120, 128, 4, svd=svd, oversample=1)
-    torch.testing.assert_close(model[0].base.weight + model[0].delta(), W, rtol=0, atol=1e-14)
+
+    def same(W):        # to rounding: the adapters are parts of W, of at most its norm
+        torch.testing.assert_close(model[0].base.weight + model[0].delta(), W, rtol=0,
+                                   atol=64 * torch.finfo(W.dtype).eps * torch.linalg.matrix_norm(W, 2).item())
+
+    same(W)
     assert not calls                                                        # stage 0 is exact (Table 16)
     for s in range(2):
         stage(model, optimizer)
         W = (model[0].base.weight + model[0].delta()).detach()
         glora.reinit(model, optimizer)
-        torch.testing.assert_close(model[0].base.weight + model[0].delta(), W, rtol=0, atol=1e-14)
+        same(W)
         assert product(model[0]).any() and len(calls) == (s + 1) * (svd == "randomized")
 
 
@@ -334,9 +346,11 @@ def test_a_dense_region_starts_at_zero_and_later_reinits_leave_it_and_its_moment
     stage(model, optimizer)
     block, state, rows, y = layer.lora_local_B, optimizer.state[layer.lora_local_B], layer.lora_rows, model(x)
     assert block.any() and state["exp_avg"].any()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
     glora.reinit(model, optimizer)
     assert layer.lora_local_B is block and optimizer.state[block] is state and layer.lora_rows is rows
-    assert torch.equal(model(x), y)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    torch.testing.assert_close(model(x), y)
     held = [id(p) for p in optimizer.param_groups[0]["params"]]
     assert held == [id(p) for p in (layer.lora_global_A, layer.lora_global_B, layer.lora_local_B)]
 
@@ -398,13 +412,15 @@ def eber(M):
 
 
 def test_the_effective_rank_of_the_update_grows_stage_by_stage():
-    """Every stage moves as far as the one before, over more directions: App. F, of all stages."""
+    """Every stage moves as far as the one before, in each of twice as many directions: App. F, all stages."""
     model, optimizer, W = injected(128, 128, 8)
     found = []
     for _ in range(4):
         before = product(model[0])
-        with torch.no_grad():
-            model[0].lora_local_B.add_(torch.randn_like(model[0].lora_local_B) * 0.05)
+        with torch.no_grad():                                   # L moves by 0.01 U Vᵀ, both orthonormal
+            V, R = torch.linalg.qr(model[0].local()[0].T)       # A = Rᵀ Vᵀ
+            U = torch.linalg.qr(torch.randn_like(model[0].lora_local_B))[0]
+            model[0].lora_local_B.add_(0.01 * U @ torch.linalg.inv(R.T))
         model(torch.randn(6, 128).double()).square().sum().backward()
         glora.observe(model, 1, 1)
         optimizer.zero_grad()
@@ -489,7 +505,7 @@ def test_a_stage_in_which_no_gradient_arrived_is_cut_by_magnitude_with_a_warning
 
 
 def test_ties_go_to_the_first_feature():
-    assert glora.most_important(torch.ones(3, 200), 0).tolist() == list(range(100))
+    assert glora.most_important(torch.ones(4, 200), 0).tolist() == list(range(100))     # norms of exactly 2
 
 
 def test_the_region_does_not_depend_on_the_micro_batch_size(tiny):
@@ -571,12 +587,13 @@ def test_a_bf16_base_is_rounded_once_after_four_reinits():
         if s < 2:
             region = lambda M: torch.linalg.svdvals(M[layer.lora_columns][:, layer.lora_rows].double())
             left, before = region(exact), region(exact + product(layer))
-            torch.testing.assert_close(left[:4], before[2 ** (s + 1):][:4], rtol=1e-5, atol=1e-6)
-        assert torch.equal(layer.base.weight, exact.to(torch.bfloat16))
+            rounding = 2 * torch.finfo(torch.float32).eps * before[0].item()
+            torch.testing.assert_close(left[:4], before[2 ** (s + 1):][:4], rtol=0, atol=rounding)
+        assert rounded_once(layer.base.weight, W, layer.lora_fixed_A, layer.lora_fixed_B)
         assert layer.lora_fixed_A.dtype == torch.float32
-    A, B = glora.factors(model)["0"]
+    total = glora.factors(model)["0"]
     glora.merge(model)
-    assert torch.equal(model[0].weight, (W.float() + B @ A).to(torch.bfloat16))
+    assert model[0].weight.dtype == torch.bfloat16 and rounded_once(model[0].weight, W, *total)
 
 
 def test_nothing_weight_sized_is_kept_for_autograd():
@@ -635,13 +652,18 @@ def test_an_adapter_reloads_without_an_svd(stages, dtype, tmp_path, monkeypatch)
         monkeypatch.setattr(torch.linalg, name, lambda *a, **k: pytest.fail("an SVD"))
     other = copy.deepcopy(fresh)
     method, _ = checkpoint.load_adapter(other, tmp_path / "a")
-    x = torch.randn(5, 40).to(dtype)
-    assert torch.equal(other[0].base.weight, model[0].base.weight) and torch.equal(other(x), model(x))
+    saved, loaded = model.state_dict(), other.state_dict()
+    assert all(torch.equal(loaded[name], t) for name, t in saved.items() if "lora_" in name)
+    x, fixed = torch.randn(5, 40).to(dtype), (model[0].lora_fixed_A, model[0].lora_fixed_B)
+    y = model(x)
+    torch.testing.assert_close(other(x), y, rtol=0, atol=16 * torch.finfo(dtype).eps * y.abs().max().item())
+    assert all(rounded_once(net[0].base.weight, W, *fixed) for net in (model, other))
     dtypes = lambda model: {name: t.dtype for name, t in model.state_dict().items()}
     assert dtypes(other) == dtypes(model)
     assert (other[0].lora_local_A is None) == (stages >= 2)
+    total = method.factors(model)["0"]
     method.merge(other), method.merge(model)
-    assert torch.equal(other[0].weight, model[0].weight)
+    assert all(rounded_once(net[0].weight, W, *total) for net in (model, other))
 
 
 def test_a_stage_of_another_model_is_refused():
