@@ -35,11 +35,11 @@ def eval_mode(model):
 def nll(model, examples):
     """Of each example its negative log-likelihood (nats, summed) and how many tokens or labels that sums."""
     out = [None] * len(examples)
-    for chosen in batches([len(ids) for ids, _ in examples]):
-        some = [examples[i] for i in chosen]
+    for batch in batches([len(ids) for ids, _ in examples]):
+        some = [examples[i] for i in batch]
         with eval_mode(model):
             parts = model.losses(some).split([model.supervised(example) for example in some])
-        for i, part in zip(chosen, parts):
+        for i, part in zip(batch, parts):
             out[i] = part.sum().item(), len(part)
     return out
 
@@ -51,24 +51,24 @@ def mean_loss(losses):
 
 @torch.no_grad()
 def predict(model, examples):
-    """A classifier's label for each example, and the losses that nll has, by one forward pass."""
+    """A classifier's label for each example, and the losses that nll has, by one pass; in eval mode."""
     labels, losses = [None] * len(examples), [None] * len(examples)
-    for chosen in batches([len(ids) for ids, _ in examples]):
-        logits = model.classify([examples[i] for i in chosen]).float()
-        right = torch.tensor([examples[i][1] for i in chosen], device=logits.device)
-        parts = F.cross_entropy(logits, right, reduction="none").tolist()
-        for i, label, part in zip(chosen, logits.argmax(-1).tolist(), parts):
+    for batch in batches([len(ids) for ids, _ in examples]):
+        logits = model.classify([examples[i] for i in batch]).float()
+        gold = torch.tensor([examples[i][1] for i in batch], device=logits.device)
+        parts = F.cross_entropy(logits, gold, reduction="none").tolist()
+        for i, label, part in zip(batch, logits.argmax(-1).tolist(), parts):
             labels[i], losses[i] = label, (part, 1)
     return labels, losses
 
 
 def likeliest(model, tokenizer, rows):
-    """{row number: the answer whose text has the least loss}, of the rows that have choices."""
+    """{row number: the answer whose text has the least summed loss}, of the rows that have choices."""
     choices = [(i, *choice) for i, row in enumerate(rows) for choice in row.get("choices", {}).items()]
     losses = nll(model, [text.example(tokenizer, rows[i], words) for i, _, words in choices])
     best = {}
-    for (i, answer, _), (loss, _) in zip(choices, losses):
-        best[i] = min(best.get(i, (loss, answer)), (loss, answer))
+    for (i, answer, _), (total, _) in zip(choices, losses):
+        best[i] = min(best.get(i, (float("inf"), "")), (total, answer))
     return {i: answer for i, (_, answer) in best.items()}
 
 
@@ -87,7 +87,7 @@ def read_lines(file):
 
 
 def write_lines(file, lines):
-    """Puts {row: line} in the place of what the file held; a key that a line lacks but had there stays."""
+    """Puts {row: line} in the place of what the file held; keys that only the old line has stay."""
     held, part = read_lines(file), file.with_name(f".{file.name}.part")
     lines = [json.dumps(held.get(i, {}) | line, ensure_ascii=False) for i, line in lines.items()]
     part.write_text("\n".join([*lines, ""]), encoding="utf-8")
@@ -113,7 +113,7 @@ def read_outputs(file, rows):
 
 
 def output_lines(samples, outputs, scored, chosen, n):
-    """{i: line} of n outputs a row: row, prompt, output[, extracted, answer, correct][, chosen]."""
+    """{i: line}: row (i; every n belong to one), prompt, output[, extracted, answer, correct][, chosen]."""
     lines = {}
     for i, (row, output) in enumerate(zip(samples, outputs)):
         line = lines[i] = dict(row=i, prompt=text.shown(row), output=output)
@@ -133,7 +133,7 @@ def complete(model, tokenizer, module, rows, file=None, rule="strict", temperatu
     todo = [i for i, output in enumerate(outputs) if output is None]
     if temperature and len(todo) < len(rows):       # not the same draws once more
         torch.manual_seed(torch.initial_seed() + len(rows) - len(todo))
-    prompts = [text.prompt_ids(tokenizer, rows[i]) for i in todo]
+    prompts = [text.prompt_ids(tokenizer, rows[i]) for i in todo]       # by k: the k-th of todo
     stops = [[re.compile(stop) for stop in rows[i].get("stop", module.STOP)] for i in todo]
     words = lambda k, ids: tokenizer.continuation(prompts[k], ids, special=module.KIND == "execute")
     bar = tqdm(total=len(rows), initial=len(rows) - len(todo), desc="generate", disable=None, leave=False)
@@ -148,7 +148,7 @@ def complete(model, tokenizer, module, rows, file=None, rule="strict", temperatu
         outputs[i] = words(k, ids)
         if file:
             append_line(file, dict(row=i, prompt=text.shown(rows[i]), output=outputs[i]))
-        if module.KIND == "generate":               # the accuracy so far
+        if module.KIND == "generate":               # the accuracy of this run's outputs so far
             right.extend(module.score([outputs[i]], [rows[i]], rule)["correct"])
             bar.set_postfix_str(f"accuracy {sum(right) / len(right):.1%}", refresh=False)
         bar.update()
@@ -180,7 +180,7 @@ def evaluate(model, tokenizer, module, rows, file=None, rule="strict", n=1, temp
             else:
                 outputs = complete(model, tokenizer, module, samples, file, rule, temperature, top_p)
                 losses = nll(model, examples)
-            chosen = likeliest(model, tokenizer, rows)
+                chosen = likeliest(model, tokenizer, rows)
     scored = module.score(outputs, samples, rule) if module.KIND != "execute" or execute else {}
     if file is not None:
         write_lines(file, output_lines(samples, outputs, scored, chosen, n))
@@ -296,16 +296,16 @@ def run(args):
     free = ("out", "score_only", "allow_code_execution", "rule", "device")  # what may differ when it goes on
     settings = {key: value for key, value in vars(args).items() if key not in free}
     check_out(out, settings, args.score_only)
+    torch.manual_seed(args.seed)        # a head that the checkpoint lacks, sampling
     model = tokenizer = None
     if not args.score_only:
         model, tokenizer = load_model(args, module, sets)
         sets = tasks.fitting(sets, module, getattr(model.cfg, "num_labels", None))
-    elif module.KIND == "classify":     # of a family, those that the head fitted
+    elif len(sets) > 1 and module.KIND == "classify":       # those whose labels the head had
         sets = {name: rows for name, rows in sets.items() if (out / f"{name}.jsonl").exists()}
     if out and not out.exists():
         out.mkdir(parents=True)
         checkpoint.write_json(out / "args.json", settings)
-    torch.manual_seed(args.seed)
     name_file = lambda name: out and out / f"{Path(name).stem}.jsonl"
     table = evaluate_sets(model, tokenizer, module, sets, name_file, rule=args.rule, n=args.n,
                           temperature=args.temperature, top_p=args.top_p, execute=args.allow_code_execution)

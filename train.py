@@ -27,7 +27,7 @@ from model import targets_of
 # ------------------------------------------------------------------------------------ command line
 
 def parse(argv):
-    """-> args, method. Two passes: the first finds method and preset, the second has their defaults."""
+    """-> args, method. Command line > preset (its method's rows > all) > method's COMMON > add_flags."""
     first = Parser(prog="train.py", add_help=False, allow_abbrev=False)
     first.add_argument("--method", default="lora",
                        help=f"{', '.join(checkpoint.method_files())}, or a path to a .py file")
@@ -38,17 +38,17 @@ def parse(argv):
     name = early.preset or (None if early.model else "tiny")
     try:
         method = checkpoint.load_method(early.method)
-        shared, own, _ = presets.rows(name, method) if name else ({}, {}, None)
+        shared, own, _ = presets.rows(name, method) if name else ({}, {}, None)    # own: of this method
     except ValueError as error:
         first.error(error)
     p = Parser(prog="train.py", parents=[first], allow_abbrev=False, description=__doc__.split("\n")[1],
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_flags(p, method)
-    flags = vars(p.parse_args([]))
-    for rows in (getattr(method, "COMMON", {}), shared, own, dict(preset=name)):    # the later one holds
-        if unknown := [flag for flag in rows if flag not in flags]:
+    flags = vars(p.parse_args([]))          # every flag's name
+    for defaults in (getattr(method, "COMMON", {}), shared, own, dict(preset=name)):    # the later one wins
+        if unknown := [flag for flag in defaults if flag not in flags]:
             p.error(f"{method.__file__}: no flag --{unknown[0]}, for which it or preset {name} has a default")
-        p.set_defaults(**rows)
+        p.set_defaults(**defaults)
     args = p.parse_args(argv)
     check(p, args, method)
     return args, method
@@ -92,7 +92,7 @@ def add_flags(p, method):
     add("--overwrite", action=flag, default=False, help="replace the run that is in out_dir")
     shared_flags(p)
     add = p.add_argument_group(f"{Path(method.__file__).name}'s own").add_argument
-    for name, (default, words, *choices) in method.DEFAULTS.items():
+    for name, (default, words, *choices) in method.DEFAULTS.items():        # words: the help
         kind = dict(action=flag) if isinstance(default, bool) else dict(type=type(default))
         if choices:
             kind["choices"] = choices[0]
@@ -116,7 +116,7 @@ def check(p, args, method):
             (args.batch_size % micro,
              f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size {micro}"),
             (not 0 <= args.dropout < 1, f"--dropout {args.dropout}, expected 0 <= dropout < 1"),
-            (not (args.epochs > 0 and args.lr > 0),
+            (not (0 < args.epochs < math.inf and args.lr > 0),
              f"--epochs {args.epochs:g} --lr {args.lr:g}, expected both above 0"),
             (args.merge and hasattr(method, "NOT_MERGEABLE"),
              f"--merge: {getattr(method, 'NOT_MERGEABLE', '')}"),
@@ -131,12 +131,12 @@ def check(p, args, method):
 # ------------------------------------------------------------------------------------ pieces of the loop
 
 def order(seed, epoch, n):
-    """The order of n examples in an epoch, a pure function of (seed, epoch): a resumed run sees the same."""
+    """The order of n examples in an epoch: a pure function of (seed, epoch)."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def lr_at(step, steps, warmup, schedule):
-    """Factor of the peak learning rate at step 0 .. steps - 1: warm-up, then down to 0 or constant."""
+    """Factor of the peak learning rate at step 0 .. steps - 1: warm-up, then towards 0 or constant."""
     if step < warmup:
         return (step + 1) / warmup
     left = (steps - step) / max(1, steps - warmup)                          # from 1 to nearly 0
@@ -183,10 +183,10 @@ def make_optimizer(method, args, params):
 
 def backward(model, batch, micro_batch_size):
     """
-    Gradient of the mean loss over the batch's supervised tokens -> (that loss, tokens seen).
-    Each micro-batch counts by its supervised tokens, so the gradient does not depend on micro_batch_size.
+    Gradient of the mean loss over all that a batch of (ids, start or label) supervises -> (that loss,
+    tokens seen). Each micro-batch is divided by the whole count, so its size does not change the gradient.
     """
-    count, total = sum(map(model.supervised, batch)), 0.0
+    count, total = sum(map(model.supervised, batch)), 0.0           # supervised: how many losses one has
     for i in range(0, len(batch), micro_batch_size):
         loss = model.losses(batch[i:i + micro_batch_size]).sum() / count
         loss.backward()
@@ -202,7 +202,7 @@ def check_finite(model, step, loss, norm):
     what = "gradient norm" if math.isfinite(loss) else "loss"
     what = f"gradient of {bad[0]} ({len(bad)} in all)" if bad else what
     raise RuntimeError(f"step {step}: loss {loss}, gradient norm {norm}; not finite: {what}. "
-                       "Nothing was stepped; what was saved is kept. Lower --lr?")
+                       "This step was not taken; what was saved is kept. Lower --lr?")
 
 
 def peak_memory_mb(device):
@@ -223,7 +223,7 @@ def check_out(args):
     """-> the run's directory. ValueError where it holds something that must not be replaced."""
     default = f"{Path(args.task).stem}-{Path(args.method).stem}-r{args.rank}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(args.out_dir or Path("runs") / default)
-    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return out
     if not (out / "args.json").is_file():
         raise ValueError(f"{out}: exists and holds something else than a run")
@@ -239,7 +239,7 @@ def adapt(args, method, model):
     targets = targets_of(model, args.targets)
     own = {name: getattr(args, name) for name in method.DEFAULTS}
     method.inject(model, targets, args.rank, args.alpha, args.dropout, **own)
-    if model.TRAINED_HEAD:                      # beside any adapter, in fp32 as they are
+    if model.TRAINED_HEAD:                      # trains beside any adapter and, as adapters do, in fp32
         model.get_submodule(model.TRAINED_HEAD).float().requires_grad_(True)
     name = args.method if args.method in checkpoint.method_files() else str(Path(args.method).resolve())
     return dict(method=name, targets=targets, rank=args.rank, alpha=args.alpha, dropout=args.dropout, own=own,
@@ -262,8 +262,8 @@ def describe(args, method, model, examples, cut, steps, epoch_steps):
           f"{cut} truncated to {args.max_len}", flush=True)
     if args.preset:
         _, own, owner = presets.rows(args.preset, method)
-        own = ", ".join(f"{flag} {getattr(args, flag)}" for flag in own) or "nothing"
-        print(f"preset {args.preset}; of {owner} alone: {own}")
+        words = ", ".join(f"{flag} {getattr(args, flag)}" for flag in own) or "nothing"
+        print(f"preset {args.preset}; for {owner} alone: {words}")
     return trainable
 
 
@@ -284,10 +284,10 @@ def measure(when, args, model, tokenizer, task, sets, out):
     table = evaluate_sets(model, tokenizer, task, sets, name_file, rule=args.rule,
                           execute=args.allow_code_execution)
     found = {when: table.pop("main", {}), f"loss_{when}": table.pop("loss")["mean"]}
-    if "majority" in table:
+    if "majority" in table:                     # the task's score has it where it means something
         found["majority"] = table.pop("majority")
     metrics = {tasks.metric_of(task, name) for name in sets}
-    if len(metrics) == 1:                       # it is "main" once more
+    if len(metrics) == 1:                       # then that metric is "main" once more
         table.pop(metrics.pop(), None)
     return found | {f"{when}_{name}": values for name, values in table.items()}
 
@@ -307,12 +307,12 @@ def validate(model, examples, step, summary, out, record):
     tqdm.write(f"step {step:5}  validation loss {last['loss_val']:.4f}")
     if "best" not in summary or last["loss_val"] < summary["best"]["loss_val"]:
         summary["best"] = last
-        checkpoint.save_adapter(out / "adapter-best", model, record)
+        checkpoint.save_adapter(out / "adapter-best", model, record | {"step": step})
 
 
 def main(argv=None):
     args, method = parse(argv)
-    try:        # all that bad input can stop, before anything is written
+    try:        # all at which bad input can fail, before anything is written
         out = check_out(args)
         task, names = tasks.find_task(args.task)
         sets, absent = tasks.test_rows(task, names, args.data, args.eval_limit)
@@ -326,7 +326,7 @@ def main(argv=None):
         tasks.check_kind(model, task)
         tokenizer = text.Tokenizer(args.model, model.cfg)
         examples, cut = text.encode(tokenizer, rows, args.max_len, args.train_on_prompt)
-        held = set(order(args.seed, 2**32 - 1, len(rows))[:args.val_rows].tolist())     # no epoch's order
+        held = set(order(args.seed, 2**32 - 1, len(rows))[:args.val_rows].tolist())     # no run's epoch
         held_out = [example for i, example in enumerate(examples) if i in held]
         examples = [example for i, example in enumerate(examples) if i not in held]
         epoch_steps = math.ceil(len(examples) / args.batch_size)
@@ -335,7 +335,7 @@ def main(argv=None):
         record = adapt(args, method, model)
         optimizer = make_optimizer(method, args, [p for p in model.parameters() if p.requires_grad])
     except (ValueError, OSError) as error:
-        Parser(prog="train.py").error(error)
+        Parser(prog="train.py").error(error)    # one line, exit 2
     trainable = describe(args, method, model, examples, cut, steps, epoch_steps)
     if (out / "args.json").exists():        # --overwrite, see check_out
         shutil.rmtree(out)
@@ -366,7 +366,7 @@ def main(argv=None):
         loss, seen = backward(model, [examples[i] for i in chosen], args.micro_batch_size)
         if hasattr(method, "observe"):
             method.observe(model, step, steps)
-        # Of the optimizer, at every step anew: a re-initialisation may have replaced some.
+        # Collected anew every step: reinit may replace parameters in the optimizer's groups.
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         check_finite(model, step, loss, norm.item())
