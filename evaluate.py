@@ -288,7 +288,7 @@ def load_model(args, module, sets):
 
 def run(args):
     """Evaluates and prints what the flags say. ValueError or OSError, in one line."""
-    module, names = tasks.find_task(args.task)
+    module, args.task, names = tasks.find_task(args.task)
     if args.n > 1 and module.KIND == "classify":
         raise ValueError(f"--n {args.n}: a classifier has one answer")
     sets, absent = tasks.test_rows(module, names, args.data, args.limit)

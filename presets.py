@@ -36,6 +36,7 @@ CPS = [("llama2-7b", "commonsense", 1e-4, dict(cps_lora=1e-4, pissa=2e-4)),
        ("llama2-13b", "commonsense", 1e-4, dict(cps_lora=1e-4, pissa=2e-4)),
        ("llama2-13b", "math", 3e-4, dict(cps_lora=1e-4))]
 for model, task, other, rates in CPS:
+    mix = dict(mix="commonsense_170k") if task == "commonsense" else {}     # Table 1
     PRESETS[f"cps-{task}-{model}"] = {
         "all": dict(task=task, rank=8, targets="attention", batch_size=4, epochs=2, warmup_steps=500,
                     lr=other),

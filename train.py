@@ -62,6 +62,7 @@ def add_flags(p, method):
     add("--targets", "--target_modules", default="all", help="all, attention, or module names: q_proj,v_proj")
     add("--task", default="commonsense", help="family, set, or path to a .json / .jsonl of your own")
     add("--data", default=".", help="directory of the data sets")
+    add("--mix", help="training mix of the task's family, as commonsense_170k; none: the first that is there")
     add("--train_rows", type=int, help="use the first N training rows")
     add("--val_rows", type=int, default=0, help="split off N training rows; keeps the best adapter, too")
     add("--epochs", "--num_epochs", type=float, default=3.0, help="passes over the training rows")
@@ -314,9 +315,9 @@ def main(argv=None):
     args, method = parse(argv)
     try:        # all at which bad input can fail, before anything is written
         out = check_out(args)
-        task, names = tasks.find_task(args.task)
+        task, args.task, names = tasks.find_task(args.task)
         sets, absent = tasks.test_rows(task, names, args.data, args.eval_limit)
-        rows = task.rows(args.data, args.task, "train")[:args.train_rows]
+        rows = tasks.train_rows(task, args.data, args.task, args.mix)[:args.train_rows]
         if args.val_rows >= len(rows):
             raise ValueError(f"val_rows {args.val_rows}, there are {len(rows)} training rows")
         torch.manual_seed(args.seed)        # a new classification head, what inject draws, dropout

@@ -37,8 +37,7 @@ TASKS = {name: dict(rows=rows, metric="pass@1", file=f"code/{file}",
 # patterns; HumanEval: the body ends with its indentation
 STOP = (r"(^|\n)(?=\S)", r"<\|(endoftext|eot_id)\|>")
 MBPP_STOP = (r"\nclass", r"\nassert", r'\n"""', r"\nprint", r"\nif", r"\n<\|", r"\n```", STOP[1])
-MIXES = ("codealpaca_20k.json", "code_alpaca_20k.json",
-         "data-evol_instruct-decontaminated.jsonl")     # the last: Magicoder's
+MIXES = ("codealpaca_20k", "code_alpaca_20k", "data-evol_instruct-decontaminated")    # the last: Magicoder's
 TIMEOUT = 20.0      # seconds for a program with all its tests
 
 
@@ -68,7 +67,7 @@ def defined(code):
     return re.findall(r"^(?:def|class) (\w+)", code, re.MULTILINE)
 
 
-def rows(directory, task, split):
+def rows(directory, task, split, mix=None):
     """
     'test': problems, with `prefix` (what opens the response), `stop`, `tests`. 'train': the family's mix;
     MBPP's own training problems. FileNotFoundError where no file is; ValueError for a bad row or a set
@@ -83,7 +82,9 @@ def rows(directory, task, split):
         return [humaneval(row) for row in found]
     if task != FAMILY:
         raise ValueError(f"{task} has no training rows: train on code, the family")
-    found = read(directory, [f"{folder}{mix}" for mix in MIXES for folder in ("code/", "")], ("instruction",))
+    names = [f"{folder}{name}.{end}" for name in (mix or MIXES[0], *MIXES) for folder in ("code/", "")
+             for end in ("json", "jsonl")]
+    found = read(directory, names, ("instruction",), mix=mix or "")
     found = [row if "output" in row else {**row, "output": row.get("response")} for row in found]
     for number, row in enumerate(found, 1):
         if not isinstance(row["output"], str):

@@ -23,7 +23,7 @@ TASKS = {name: dict(rows=rows, pattern=pattern, metric="accuracy", file=f"common
              ("social_i_qa", 1954, "answer[1-5]"), ("hellaswag", 10042, "ending[1-4]"),
              ("winogrande", 1267, "option1|option2"), ("ARC-Easy", 2376, "answer[1-5]"),
              ("ARC-Challenge", 1172, "answer[1-5]"), ("openbookqa", 500, "answer[1-5]"))}
-MIXES = ("commonsense_15k", "commonsense_170k", "train_15k_rebuilt")    # the first that is there
+MIXES = ("commonsense_15k", "commonsense_170k", "train_15k_rebuilt")    # --mix, or else the first that is there
 WORDING = {"boolq": "with true or false",       # where a mix names no source
            "piqa": "choose the correct solution", "hellaswag": "choose the correct ending",
            "winogrande": "fill in the blank"}
@@ -36,7 +36,7 @@ def with_choices(row, task):
     return {**row, "pattern": TASKS[task]["pattern"], "choices": choices}
 
 
-def rows(directory, task, split):
+def rows(directory, task, split, mix=None):
     """
     'test': the rows of one set, with choices. 'train': the mix for the family, or one set's own rows of it.
     FileNotFoundError where no file is; ValueError for a bad row, or where the mix has no rows of the set.
@@ -50,7 +50,8 @@ def rows(directory, task, split):
                                  f"expected one of {list(row['choices'])}")
         return found
     folders = ("commonsense/", "", "ft-training_set/")
-    found = read(directory, [f"{folder}{mix}.json" for mix in MIXES for folder in folders])
+    names = [f"{folder}{name}.json" for name in (mix or MIXES[0], *MIXES) for folder in folders]
+    found = read(directory, names, mix=mix or "")
     if task == FAMILY:
         return found
     named = [row for row in found if row.get("source") == task]

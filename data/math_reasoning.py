@@ -25,13 +25,13 @@ TASKS = {name: dict(rows=rows, metric="accuracy", file=f"math/{name}.json",
                     source=f"LLM-Adapters, dataset/{name}/test.json")
          for name, rows in (("MultiArith", 600), ("gsm8k", 1319), ("AddSub", 395), ("AQuA", 254),
                             ("SingleEq", 508), ("SVAMP", 1000), ("mawps", 238))}
-MIXES = ("math_10k", "math_7k", "train_gsm8k_mawps_aquadev")        # the first that is there
+MIXES = ("math_10k", "math_7k", "train_gsm8k_mawps_aquadev")        # --mix, or else the first that is there
 SOURCES = {"gsm8k": ("gsm8k",), "mawps": ("mawps", "mawps-single"), "AQuA": ("aqua", "aqua-dev", "AQuA")}
 NOTE = ("The published mix math_10k holds questions of MultiArith, AddSub and SingleEq (its authors say so): "
         "scores on these three after training on it are no measure of generalisation.")
 
 
-def rows(directory, task, split):
+def rows(directory, task, split, mix=None):
     """
     'test': the rows of one set. 'train': the mix for the family, or one set's own rows of it.
     FileNotFoundError where no file is; ValueError for a bad row, or where the mix has no rows of the set.
@@ -49,7 +49,8 @@ def rows(directory, task, split):
             row["output"] = f"The answer is {f'({answer})' if task == 'AQuA' else f'{float(answer):.10g}'}."
         return found
     folders = ("math/", "", "ft-training_set/")
-    found = read(directory, [f"{folder}{mix}.json" for mix in MIXES for folder in folders])
+    names = [f"{folder}{name}.json" for name in (mix or MIXES[0], *MIXES) for folder in folders]
+    found = read(directory, names, mix=mix or "")
     if task == FAMILY:
         return found
     named = [row for row in found if row.get("source") in SOURCES.get(task, (task,))]

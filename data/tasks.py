@@ -11,15 +11,17 @@ def task_files():
 
 
 def find_task(task):
-    """-> module and test sets of a family, one set or a .json / .jsonl. ValueError lists what there is."""
+    """
+    A family or a set of one, in any case, or a .json / .jsonl -> its module, its name as that spells it, its
+    test sets. ValueError lists what there is.
+    """
     modules = task_files()
     for module in modules:
-        if task == module.FAMILY and module.TASKS:
-            return module, list(module.TASKS)
-        if task in module.TASKS:
-            return module, [task]
+        for name in (module.FAMILY, *module.TASKS):
+            if name.lower() == task.lower() and module.TASKS:
+                return module, name, [name] if name in module.TASKS else list(module.TASKS)
     if task.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")):
-        return importlib.import_module("data.own"), [task]
+        return importlib.import_module("data.own"), task, [task]
     known = [name for module in modules if module.TASKS for name in (module.FAMILY, *module.TASKS)]
     raise ValueError(f"task {task!r}, expected one of {', '.join(known)}, or a path to a .json or .jsonl")
 
@@ -39,6 +41,15 @@ def test_rows(module, sets, directory, limit=None):
         source = module.TASKS.get(absent[0], {}).get("source")      # a user's own file has none
         raise ValueError(f"{reason}; from {source}" if source else reason)
     return found, absent
+
+
+def train_rows(module, directory, task, mix=None):
+    """The rows to train on; of several mixes the one that `mix` names, if it is there (a line says which)."""
+    if not hasattr(module, "MIXES"):
+        if mix:
+            raise ValueError(f"mix {mix!r}: task family {module.FAMILY!r} has no mixes to choose from")
+        return module.rows(directory, task, "train")
+    return module.rows(directory, task, "train", mix)
 
 
 def check_kind(model, module):

@@ -13,12 +13,17 @@ import tokenizers
 from checkpoint import read_json, resolve
 
 
-def read(directory, names, fields=("instruction", "output")):
-    """Rows of the first of these files under directory, .gz or not. ValueError names file, row and field."""
+def read(directory, names, fields=("instruction", "output"), mix=None):
+    """
+    Rows of the first of these files under directory, .gz or not. ValueError names file, row and field. For training
+    rows, mix is the name that was asked for, "" for none: which file they are from is printed.
+    """
     candidates = [Path(directory or ".", name + end) for name in names for end in ("", ".gz")]
     file = next((c for c in candidates if c.is_file()), None)
     if file is None:
         raise FileNotFoundError(f"{directory}: found none of {', '.join(names)} (.gz or not)")
+    if mix is not None:
+        print(f"training rows: {file}" + (f" ({mix} is not there)" if mix not in file.name else ""))
     try:
         raw = file.read_bytes()
         text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")

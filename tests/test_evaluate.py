@@ -353,11 +353,13 @@ def test_the_list_shows_every_task(capsys):
 # ------------------------------------------------------------------------------------ tasks, the command
 
 def test_a_task_is_a_family_a_set_or_a_path():
-    assert tasks.find_task("arithmetic")[1] == ["two_step"]
-    module, names = tasks.find_task("commonsense")
+    assert tasks.find_task("arithmetic")[2] == ["two_step"]
+    module, _, names = tasks.find_task("commonsense")
     assert module.FAMILY == "commonsense" and len(names) == 8
-    assert tasks.find_task("ARC-Easy") == (module, ["ARC-Easy"])
-    assert tasks.find_task("some/mine.jsonl")[1] == ["some/mine.jsonl"]
+    assert tasks.find_task("ARC-Easy") == (module, "ARC-Easy", ["ARC-Easy"])
+    assert tasks.find_task("some/mine.jsonl")[2] == ["some/mine.jsonl"]
+    assert tasks.find_task("arc-easy") == tasks.find_task("ARC-Easy")           # in any case
+    assert tasks.find_task("svamp")[1:] == ("SVAMP", ["SVAMP"]) and tasks.find_task("MATH")[1] == "math"
     with pytest.raises(ValueError, match="task 'own', expected one of arithmetic"):
         tasks.find_task("own")
 
