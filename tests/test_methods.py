@@ -34,7 +34,7 @@ TARGETS = ("q_proj", "up_proj")
 # What the contract is told of single methods; a file that stands in none of these is checked in full.
 OTHER = {"glora": {"ratio": "1:3"}}     # another value of a flag that is free text
 INVISIBLE = {}                          # {method: {flag: the test that sees it}}, where a toy cannot show it
-ROUNDED = ("pissa", "milora")           # factors start rounded to the model's dtype, as forward rounds them
+ROUNDED = {"pissa": True, "milora": True}       # factors start in the model's dtype, as forward rounds them
 # Part of the loss counts as a constant, so that its gradient is not the whole one: the test that shows that.
 DETACHED = {"dora": "test_dora_is_pefts_in_outputs_and_gradients_and_in_where_its_one_mask_acts"}
 
@@ -116,6 +116,12 @@ def name_of(method):
     return file.stem if checkpoint.method_files().get(file.stem) == file else str(file)
 
 
+def told(table, name):
+    """What the contract is told of a method, by its file's name or, for a copy of it, by its PRESET."""
+    names = Path(name).stem, getattr(load(name), "PRESET", None)
+    return next((table[key] for key in names if key in table), {})
+
+
 def accepts(name, own):
     try:
         inject(name, Toy(), **own)
@@ -133,7 +139,7 @@ def other_values(name):
         elif isinstance(default, bool):
             values = [not default]
         elif isinstance(default, str):
-            values = [OTHER.get(name, {}).get(flag)]
+            values = [told(OTHER, name).get(flag)]
         else:                                               # doubled, where that is another one and allowed
             tried = [type(default)(value) for value in (2 * default, 1, 2, default / 2)]
             values = [next((v for v in tried if v != default and accepts(name, {flag: v})), None)]
@@ -196,13 +202,13 @@ def check_fall(model, loss, whole, h=1e-4, rtol=1e-6):
     assert losses[1] < losses[0], "a small step against the gradient lowers the loss"
     if whole:
         fall = (losses[0] - losses[1]) / (2 * h)
-        same(fall, norm, "the loss falls by what the gradient predicts", rtol=rtol, atol=0)
+        same(fall, norm, "the loss falls by what the gradient predicts (or DETACHED)", rtol=rtol, atol=0)
 
 
 def test_the_loss_falls_by_what_the_gradient_predicts(case):
     """At init, where most of the gradient may be zero; and after noise, where no wrong part can hide."""
     method, base, model, x = case
-    whole = name_of(method) not in DETACHED
+    whole = not told(DETACHED, name_of(method))
     check_fall(model, lambda: model(x).square().mean(), whole)
     perturb(model)
     check_fall(model, lambda: model(x).square().mean(), whole)
@@ -402,7 +408,7 @@ def test_a_bf16_model_starts_where_the_same_weights_in_fp32_do(name):
         torch.manual_seed(1)
         inject(name, model)
         tensors.append({key: t.detach() for key, t in checkpoint.adapter_tensors(model).items()})
-    rounded = name in ROUNDED
+    rounded = told(ROUNDED, name)
     for key, t in tensors[0].items() if rounded else ():
         assert torch.equal(t, t.to(torch.bfloat16).float()), f"this start is rounded to bf16: {key} is not"
     rule = "the start is made in float32, not in the model's dtype"
@@ -584,7 +590,7 @@ def alike(name, flag):
 
 @pytest.mark.parametrize("name, flag", FLAGS)
 def test_every_flag_changes_something(name, flag):
-    if flag not in INVISIBLE.get(name, {}):
+    if flag not in told(INVISIBLE, name):
         for one, other in alike(name, flag):
             pytest.fail(f"every entry of DEFAULTS changes something: --{flag} {other} does what {one} does")
 
@@ -629,7 +635,7 @@ def test_a_transformers_model_is_injected_trained_and_merged_by_the_same_file(na
     base, method = copy.deepcopy(model), load(name)
     method.inject(model, ("q_proj", "v_proj", "down_proj"), 4)
     same(model(ids).logits, base(ids).logits, "at init a transformers model computes what it did")
-    fall = dict(whole=name not in DETACHED, h=1e-3, rtol=1e-2)      # its norms, in float32, are noise
+    fall = dict(whole=not told(DETACHED, name), h=1e-3, rtol=1e-2)      # its norms, in float32, are noise
     check_fall(model, lambda: nll(model, ids), **fall)
     optimizer = torch.optim.AdamW(trainable(model), 1e-2)
     for _ in range(8):
