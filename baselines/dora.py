@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 DEFAULTS = {}
+PRESET = "dora"                         # whose rows of presets.py apply
 
 
 class DoRALinear(nn.Module):
