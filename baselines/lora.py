@@ -64,10 +64,7 @@ def find(model, targets):
 
 
 def inject(model, targets, rank, alpha=None, dropout=0.0):
-    """
-    Freeze the model, wrap its targets in place. ValueError for a bad target or dropout, or unless
-    1 <= rank <= min(in, out).
-    """
+    """Freeze the model, wrap its targets in place. ValueError unless 1 <= rank <= min(in, out)."""
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout}, expected 0 <= dropout < 1")
     alpha = 2 * rank if alpha is None else alpha
