@@ -36,10 +36,9 @@ CPS = [("llama2-7b", "commonsense", 1e-4, dict(cps_lora=1e-4, pissa=2e-4)),
        ("llama2-13b", "commonsense", 1e-4, dict(cps_lora=1e-4, pissa=2e-4)),
        ("llama2-13b", "math", 3e-4, dict(cps_lora=1e-4))]
 for model, task, other, rates in CPS:
-    mix = dict(mix="commonsense_170k") if task == "commonsense" else {}     # Table 1
     PRESETS[f"cps-{task}-{model}"] = {
         "all": dict(task=task, rank=8, targets="attention", batch_size=4, epochs=2, warmup_steps=500,
-                    lr=other),
+                    lr=other) | (dict(mix="commonsense_170k") if task == "commonsense" else {}),     # §4.1
         **{method: dict(lr=lr) for method, lr in rates.items()}}
 
 # G-LoRA, Tables 9 - 12: r_g : r_l; learning rate with the exact SVD; oversampling and learning rate with the
@@ -54,7 +53,8 @@ GLORA = [("commonsense", "llama2", "3:1", 1e-4, 4, 1e-4, 1e-4, COMMONSENSE),
 for task, model, ratio, exact, oversample, randomized, other, rates in GLORA:
     preset = {
         "all": dict(task=task, rank=8, targets="attention", batch_size=4, epochs=10, warmup_steps=500,
-                    dropout=0.05, val_rows=1200, lr=other),
+                    dropout=0.05, val_rows=1200, lr=other)
+        | (dict(mix="commonsense_15k") if task == "commonsense" else {}),                            # §4.1
         **{method: dict(lr=lr) for method, lr in rates.items()}}
     preset["rosa"] = preset.get("rosa", {}) | dict(reinit_every="2")        # Table 16: four times, as G-LoRA
     preset["spiel"] = dict(dropout=0.0)                                     # it has no place for one
@@ -62,11 +62,12 @@ for task, model, ratio, exact, oversample, randomized, other, rates in GLORA:
     PRESETS[f"glora-{task}-{model}-randomized"] = preset | {
         "glora": dict(ratio=ratio, lr=randomized, svd="randomized", oversample=oversample)}
 
-# GraLoRA, Table 5 and §4.1: k by §3.4, Lion, cosine.
+# GraLoRA, Table 5 and §4.1: k by §3.4, Lion, cosine; all eight training sets, Magicoder-Evol-Instruct-110k.
+MIXES = dict(commonsense="commonsense_170k", code="data-evol_instruct-decontaminated")
 GRALORA = [("llama3.1-8b", "code", 2e-4, 2), ("qwen2.5-1.5b", "commonsense", 2e-4, 2),
            ("qwen2.5-7b", "commonsense", 4e-4, 2), ("llama3.1-70b", "commonsense", 3e-4, 1)]
 for model, task, lr, epochs in GRALORA:
     PRESETS[f"gralora-{task}-{model}"] = {
         "all": dict(task=task, rank=64, batch_size=192, epochs=epochs, lr=lr, optimizer="lion",
-                    schedule="cosine"),
+                    schedule="cosine", mix=MIXES[task]),
         "gralora": dict(k=0)}
