@@ -5,6 +5,7 @@ that is written appears under its name only when it is whole.
 """
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -354,6 +355,62 @@ def load_adapter(model, directory):
 
 
 # -------------------------------------------------------------------------------- merged model
+
+def merge_layer(method, model, name, layer):
+    """method.merge for one layer alone, in fp32 or wider: the Linear takes its place, and is returned."""
+    layer.base.to(torch.promote_types(layer.base.weight.dtype, torch.float32))
+    alone = nn.Module()                             # a model of this layer and of what it shares with others
+    alone.layer, alone.adapter = layer, getattr(model, "adapter", None)
+    method.merge(alone)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, alone.layer)
+    return alone.layer
+
+
+def merge(method, model, source, dtype, examples):
+    """
+    method.merge a layer at a time: in fp32, then rounded once to dtype, which the whole model is in then.
+    Prints, and returns for summary.json, what rounding took of each update ΔW of the pretrained W (of
+    source), ‖W' - (W + ΔW)‖ / ‖ΔW‖, and how far log-probabilities of a few training examples moved.
+    """
+    files, changes = {}, {}
+    for file in tensor_files(resolve(source)):
+        with safe_open(file, "pt") as f:
+            files |= dict.fromkeys(f.keys(), file)
+
+    def change(name, exact, seen):
+        with safe_open(files[f"{name}.weight"], "pt") as f:
+            W = f.get_tensor(f"{name}.weight").to(exact.device, seen)       # as the run saw it
+        changes[name] = (exact.to(dtype) - exact).norm().item(), (exact - W).norm().item()
+
+    model.eval().requires_grad_(False)
+    before = model.losses(examples)
+    for name, layer in [(name, m) for name, m in model.named_modules() if hasattr(m, "delta")]:
+        seen, linear = layer.base.weight.dtype, merge_layer(method, model, name, layer)
+        change(name, linear.weight, seen)
+        linear.to(dtype)
+    if hasattr(model, "adapter"):
+        del model.adapter
+    if not changes:                                 # full fine-tuning has no layers of its own
+        method.merge(model)
+        for name, m in model.named_modules():
+            if isinstance(m, nn.Linear) and f"{name}.weight" in files:
+                change(name, m.weight, m.weight.dtype)
+    moved = (model.to(dtype).losses(examples) - before).abs().max().item()
+    return report_merge(changes, str(dtype).removeprefix("torch."), moved, len(examples))
+
+
+def report_merge(changes, dtype, moved, count):
+    """changes {module: (‖what rounding took‖, ‖ΔW‖)} -> summary.json's entry, after a line that says it."""
+    share = {name: took / update if update else 0.0 for name, (took, update) in changes.items()}
+    took, update = (math.hypot(*norms) for norms in zip(*changes.values()))
+    worst, lost = max(share, key=share.get), took / update if update else 0.0
+    print(f"merged in {dtype}: rounding took {lost:.2%} of the update, at most {share[worst]:.2%} ({worst}); "
+          f"log-probabilities of {count} training rows moved by up to {moved:.3g}")
+    if moved > 0.5 and dtype != "float32":
+        print("--merge_dtype float32 would keep them")
+    return dict(dtype=dtype, lost=lost, log_probability=moved, lost_by_module=share)
+
 
 def save_merged(directory, model, source):
     """

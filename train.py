@@ -78,7 +78,7 @@ def add_flags(p, method):
     add("--max_len", "--cutoff_len", type=int, default=512,
         help="tokens per example; a longer prompt loses its start")
     add("--train_on_prompt", action=flag, default=False, help="loss on the prompt, too")
-    add("--reinit_every", help="re-initialise every N epochs ('2', '0.5') or steps ('60s')")
+    add("--reinit_every", help="re-initialise every N epochs ('2', '0.5') or steps ('60s'), or none")
     add("--reinit_at", type=int, help="one re-initialisation after N steps")
     add("--seed", type=int, default=42)
     add("--compile", action=flag, default=False, help="torch.compile the blocks; needs a C++ compiler")
@@ -89,6 +89,7 @@ def add_flags(p, method):
     add("--log_every", type=int, default=10)
     add("--save_steps", type=int, help="save the adapter every N steps")
     add("--merge", action=flag, default=False, help="also write the merged model, a Hugging Face directory")
+    add("--merge_dtype", choices=["float32", "bfloat16"], help="none: float32 on a CPU, else --dtype's")
     add("--out_dir", "--output_dir", help="none: runs/<task>-<method>-r<rank>-<time>")
     add("--overwrite", action=flag, default=False, help="replace the run that is in out_dir")
     shared_flags(p)
@@ -111,6 +112,8 @@ def check(p, args, method):
     for name, smallest in least.items():
         if getattr(args, name) is not None and not getattr(args, name) >= smallest:
             p.error(f"--{name} {getattr(args, name)}, expected at least {smallest}")
+    if args.reinit_every == "none":
+        args.reinit_every = None
     args.micro_batch_size = micro = args.micro_batch_size or args.batch_size
     for wrong, message in [
             (args.model is None, f"preset {args.preset!r} names no model: give --model"),
@@ -405,8 +408,11 @@ def main(argv=None):
     summary |= dict(tokens_per_second=speed(pace), seconds=time.perf_counter() - started)
     checkpoint.write_json(out / "summary.json", summary)
     if args.merge:
-        method.merge(model)
+        dtype = torch.float32 if device.type == "cpu" else dtype
+        dtype = getattr(torch, args.merge_dtype) if args.merge_dtype else dtype
+        summary["merge"] = checkpoint.merge(method, model, args.model, dtype, examples[:8])
         checkpoint.save_merged(out / "merged", model, args.model)
+        checkpoint.write_json(out / "summary.json", summary)
     plot(out)
     shown = [f"{summary[when]['mean']:.1%}" if summary[when] else "not scored"
              for when in ("before", "after") if when in summary]

@@ -23,7 +23,7 @@ TASKS = {name: dict(rows=rows, pattern=pattern, metric="accuracy", file=f"common
              ("social_i_qa", 1954, "answer[1-5]"), ("hellaswag", 10042, "ending[1-4]"),
              ("winogrande", 1267, "option1|option2"), ("ARC-Easy", 2376, "answer[1-5]"),
              ("ARC-Challenge", 1172, "answer[1-5]"), ("openbookqa", 500, "answer[1-5]"))}
-MIXES = ("commonsense_15k", "commonsense_170k", "train_15k_rebuilt")    # --mix, or else the first that is there
+MIXES = ("commonsense_15k", "commonsense_170k", "train_15k_rebuilt")    # --mix, or the first that is there
 WORDING = {"boolq": "with true or false",       # where a mix names no source
            "piqa": "choose the correct solution", "hellaswag": "choose the correct ending",
            "winogrande": "fill in the blank"}

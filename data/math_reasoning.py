@@ -25,7 +25,7 @@ TASKS = {name: dict(rows=rows, metric="accuracy", file=f"math/{name}.json",
                     source=f"LLM-Adapters, dataset/{name}/test.json")
          for name, rows in (("MultiArith", 600), ("gsm8k", 1319), ("AddSub", 395), ("AQuA", 254),
                             ("SingleEq", 508), ("SVAMP", 1000), ("mawps", 238))}
-MIXES = ("math_10k", "math_7k", "train_gsm8k_mawps_aquadev")        # --mix, or else the first that is there
+MIXES = ("math_10k", "math_7k", "train_gsm8k_mawps_aquadev")        # --mix, or the first that is there
 SOURCES = {"gsm8k": ("gsm8k",), "mawps": ("mawps", "mawps-single"), "AQuA": ("aqua", "aqua-dev", "AQuA")}
 NOTE = ("The published mix math_10k holds questions of MultiArith, AddSub and SingleEq (its authors say so): "
         "scores on these three after training on it are no measure of generalisation.")

@@ -15,8 +15,8 @@ from checkpoint import read_json, resolve
 
 def read(directory, names, fields=("instruction", "output"), mix=None):
     """
-    Rows of the first of these files under directory, .gz or not. ValueError names file, row and field. For training
-    rows, mix is the name that was asked for, "" for none: which file they are from is printed.
+    Rows of the first of these files under directory, .gz or not. ValueError names file, row and field. Of
+    training rows it prints the file: mix is the name that was asked for, or "".
     """
     candidates = [Path(directory or ".", name + end) for name in names for end in ("", ".gz")]
     file = next((c for c in candidates if c.is_file()), None)
