@@ -266,8 +266,8 @@ def describe(args, method, model, examples, cut, steps, epoch_steps):
           f"{cut} truncated to {args.max_len}", flush=True)
     if args.preset:
         _, own, owner = presets.rows(args.preset, method)
-        words = ", ".join(f"{flag} {getattr(args, flag)}" for flag in own) or "nothing"
-        print(f"preset {args.preset}; for {owner} alone: {words}")
+        words = ", ".join(f"{flag} {getattr(args, flag)}" for flag in own) or "no flags of its own"
+        print(f"preset {args.preset}, for {owner}: {words}")
     return trainable
 
 

@@ -52,6 +52,23 @@ def test_buffers_of_the_adapter_are_saved_and_others_are_not(tiny, tmp_path):
     assert list(checkpoint.adapter_tensors(model)) == ["lora_index"]
 
 
+@pytest.mark.parametrize("name", ["lora", "gfa", "glora"])
+def test_adapters_of_a_transformers_model_are_saved_and_loaded_by_the_same_functions(name, tmp_path):
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**SMALL)
+    model, ids = tf.LlamaForCausalLM(config).double().eval(), torch.randint(SMALL["vocab_size"], (2, 7))
+    fresh = tf.LlamaForCausalLM(config).double().eval()
+    fresh.load_state_dict(model.state_dict())
+    checkpoint.load_method(name).inject(model, ("q_proj", "down_proj"), 4)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    checkpoint.save_adapter(tmp_path / "a", model, dict(method=name, targets=["q_proj", "down_proj"], rank=4))
+    checkpoint.load_adapter(fresh, tmp_path / "a")
+    torch.testing.assert_close(fresh(ids).logits, model(ids).logits)
+
+
 def test_a_classifier_head_travels_with_the_adapter(tmp_path):
     saved(tmp_path / "base", tf.RobertaForMaskedLM(tf.RobertaConfig(**SMALL, max_position_embeddings=40)))
     model, lora = checkpoint.load(tmp_path / "base", num_labels=3), checkpoint.load_method("lora")

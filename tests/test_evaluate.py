@@ -417,3 +417,11 @@ def test_the_command_refuses_in_one_line(flags, message, capsys, tmp_path, monke
     assert stop.value.code == 2 and err.startswith("evaluate.py: error: ")
     assert message in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_trains_on_after_an_evaluation_that_failed(tiny):
+    net = checkpoint.load(tiny).train()
+    with pytest.raises(ZeroDivisionError), E.eval_mode(net):
+        assert not net.training
+        raise ZeroDivisionError
+    assert net.training

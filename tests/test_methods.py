@@ -449,9 +449,13 @@ def test_a_target_that_matches_nothing_is_an_error(name):
 @pytest.mark.parametrize("rank", [0, -1, 10**6])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_rank_out_of_bounds_is_an_error(name, rank):
-    method = load(name)
-    with pytest.raises(ValueError, match=f"rank {rank}"):
-        method.inject(Toy(), TARGETS, rank)
+    """Above in * out at the latest: so many outer products are dependent, whatever the method."""
+    try:
+        load(name).inject(Toy(), TARGETS, rank)
+    except ValueError as error:
+        assert f"rank {rank}" in str(error), f"the error says 'rank {rank}', and what was expected: {error}"
+    else:
+        pytest.fail(f"inject refuses rank {rank}, with a ValueError that says 'rank {rank}'")
 
 
 def tied():

@@ -364,6 +364,31 @@ def test_a_copy_of_lora_is_a_method_without_any_other_edit(tmp_path):
     checkpoint.load_adapter(model, tmp_path / "run" / "adapter")
 
 
+def test_a_copied_file_trains_by_its_originals_presets_and_the_first_lines_say_so(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text((ROOT / "glora.py").read_text(encoding="utf-8"), encoding="utf-8")
+    parse = lambda *a: train.parse(["--method", str(tmp_path / "mine.py"), *a])[0]
+    assert (parse().lr, parse().reinit_every) == (5e-3, "60s")
+    got = parse("--preset", "glora-math-llama2", "--model", "x")
+    assert (got.lr, got.ratio, got.dropout) == (3e-4, "1:3", 0.05)
+    run("--method", tmp_path / "mine.py", *FAST, "--reinit_every", "1s", out=tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "preset tiny, for glora: lr 0.005, reinit_every 1s\n" in printed
+    assert "step 1: re-initialised, 28 modules\n" in printed and "step 3: re-init" not in printed
+
+
+@pytest.mark.parametrize("change, message", [
+    (("def merge(", "def join("), r"mine\.py: defines no merge, so it is not a method file"),
+    (("DEFAULTS = {}", ""), r"mine\.py: defines no DEFAULTS, so it is not a method file"),
+    (("DEFAULTS = {}", 'DEFAULTS = {"seed": (1, "a seed")}'),
+     r"mine\.py: DEFAULTS has 'seed', which is a common flag already"),
+    (("DEFAULTS = {}", 'DEFAULTS = {}\nTINY = {"lrr": 1.0}'),
+     r"mine\.py: no flag --lrr, for which it or preset tiny has a default")])
+def test_a_method_file_that_misses_a_part_is_refused_at_the_start(change, message, tmp_path, capsys):
+    assert change[0] in VARIANT
+    (tmp_path / "mine.py").write_text(VARIANT.replace(*change), encoding="utf-8")
+    assert re.search(message, refuses(capsys, "--method", tmp_path / "mine.py", "--out_dir", tmp_path / "x"))
+
+
 def test_precedence_command_line_preset_common_default(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(VARIANT + '\nCOMMON = {"lr": 7e-4, "alpha": 3.0}\n', encoding="utf-8")
     rows = {"all": dict(alpha=5.0, batch_size=64), "mine": dict(batch_size=32)}
