@@ -52,6 +52,49 @@ def test_buffers_of_the_adapter_are_saved_and_others_are_not(tiny, tmp_path):
     assert list(checkpoint.adapter_tensors(model)) == ["lora_index"]
 
 
+def changed(tiny, name, dtype):
+    """A model with an update, over a re-initialisation where the method has one; and the method."""
+    torch.manual_seed(0)
+    model, method = checkpoint.load(tiny, dtype), checkpoint.load_method(name)
+    method.inject(model, ("q_proj", "up_proj"), 4)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0)
+    for _ in range(2 if hasattr(method, "reinit") else 1):
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.01 * torch.randn_like(p))
+        model.losses(EXAMPLES).sum().backward()
+        if hasattr(method, "observe"):
+            method.observe(model, 1, 2)
+        if hasattr(method, "reinit"):
+            method.reinit(model, optimizer)
+    return model, method
+
+
+EXAMPLES = [([5, 6, 7, 8], 1), ([9, 10, 11], 0)]
+
+
+@pytest.mark.parametrize("name", ["lora", "gfa", "glora", "cps_lora", "rosa", "full"])
+def test_a_merge_says_what_rounding_took_of_the_update_against_the_pretrained_weights(name, tiny, capsys):
+    model, method = changed(tiny, name, torch.float32)
+    pretrained = checkpoint.load(tiny, torch.float32).state_dict()
+    wide = checkpoint.merge(method, model, tiny, torch.float32, EXAMPLES)
+    exact = {key: t.double() for key, t in model.state_dict().items()}
+    rounded, method = changed(tiny, name, torch.float32)
+    narrow = checkpoint.merge(method, rounded, tiny, torch.bfloat16, EXAMPLES)
+    assert {type(m) for m in rounded.modules()} == {type(m) for m in checkpoint.load(tiny).modules()}
+    assert not hasattr(rounded, "adapter") and {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+    took = update = 0
+    for module, share in narrow["lost_by_module"].items():
+        E, W, got = (d[f"{module}.weight"].double() for d in (exact, pretrained, rounded.state_dict()))
+        torch.testing.assert_close(got, E, rtol=2**-8, atol=0)                  # rounded once
+        assert share == pytest.approx(((got - E).norm() / (E - W).norm()).item(), rel=1e-3)
+        took, update = took + (got - E).norm() ** 2, update + (E - W).norm() ** 2
+    assert narrow["lost"] == pytest.approx((took / update).sqrt().item(), rel=1e-3) and narrow["lost"] > 0.001
+    assert wide["lost"] == 0 and wide["log_probability"] < 1e-3 < narrow["log_probability"]
+    assert f"merged in bfloat16: rounding took {narrow['lost']:.2%} of the update" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["lora", "gfa", "glora"])
 def test_adapters_of_a_transformers_model_are_saved_and_loaded_by_the_same_functions(name, tmp_path):
     torch.manual_seed(0)

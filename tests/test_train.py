@@ -389,6 +389,41 @@ def test_a_method_file_that_misses_a_part_is_refused_at_the_start(change, messag
     assert re.search(message, refuses(capsys, "--method", tmp_path / "mine.py", "--out_dir", tmp_path / "x"))
 
 
+def test_a_bf16_run_on_a_cpu_merges_into_fp32_unless_told_otherwise(tmp_path, capsys):
+    for flags, dtype in (([], "float32"), (["--merge_dtype", "bfloat16"], "bfloat16")):
+        summary = run(*FAST, "--no-eval_before", "--dtype", "bfloat16", "--merge", "--overwrite", *flags,
+                      out=tmp_path / "run")
+        config = json.loads((tmp_path / "run" / "merged" / "config.json").read_text())
+        assert config["torch_dtype"] == summary["merge"]["dtype"] == dtype
+        assert len(summary["merge"]["lost_by_module"]) == 28
+        assert f"merged in {dtype}: " in capsys.readouterr().out
+
+
+def test_reinit_every_none_is_one_long_stage(tmp_path, capsys):
+    run("--method", "glora", *FAST, "--no-eval_before", "--reinit_every", "none", out=tmp_path / "run")
+    assert "re-initialised" not in capsys.readouterr().out
+
+
+def test_the_mix_is_chosen_by_name_and_the_file_that_was_read_is_said(tmp_path, capsys):
+    (tmp_path / "commonsense").mkdir()
+    row = dict(instruction="x\n\nAnswer format: true/false", input="", output="the correct answer is true")
+    test = [dict(row, answer="true")]
+    (tmp_path / "commonsense" / "boolq.json").write_text(json.dumps(test))
+    for mix, count in (("commonsense_15k", 4), ("commonsense_170k", 5)):
+        (tmp_path / "commonsense" / f"{mix}.json").write_text(json.dumps([dict(row, source="boolq")] * count))
+    start = ["--model", str(ROOT / "data" / "tiny"), "--task", "BoolQ", "--data", str(tmp_path),
+             "--max_steps", "1", "--batch_size", "1", "--no-eval_before", "--eval_limit", "1", "--overwrite"]
+    for flags, read, rows in ((["--mix", "commonsense_170k"], "commonsense_170k.json\n", 5),
+                              ([], "commonsense_15k.json\n", 4),
+                              (["--mix", "other"], "commonsense_15k.json (other is not there)\n", 4)):
+        summary = run(*start, *flags, out=tmp_path / "run")
+        printed = capsys.readouterr().out
+        assert f"training rows: {tmp_path / 'commonsense'}/{read}" in printed
+        assert f"\n{rows} examples" in printed
+        assert summary["task"] == "boolq"           # however it was spelled
+    assert "has no mixes" in refuses(capsys, "--mix", "x", "--out_dir", tmp_path / "y")
+
+
 def test_precedence_command_line_preset_common_default(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(VARIANT + '\nCOMMON = {"lr": 7e-4, "alpha": 3.0}\n', encoding="utf-8")
     rows = {"all": dict(alpha=5.0, batch_size=64), "mine": dict(batch_size=32)}
