@@ -223,19 +223,16 @@ def peak_memory_mb(device):
 
 # ------------------------------------------------------------------------------------ set-up
 
-def check_out(args):
-    """-> the run's directory. ValueError where it holds something that must not be replaced."""
-    default = f"{Path(args.task).stem}-{Path(args.method).stem}-r{args.rank}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = Path(args.out_dir or Path("runs") / default)
+def check_out(out, args):
+    """ValueError where the run's directory holds something that must not be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return out
+        return
     if not (out / "args.json").is_file():
         raise ValueError(f"{out}: exists and holds something else than a run")
     if not args.overwrite:
         raise ValueError(f"{out}: holds another run; --overwrite replaces it")
     if out.resolve() in Path(args.model).resolve().parents:
         raise ValueError(f"{out}: holds the model {args.model}, which --overwrite would delete")
-    return out
 
 
 def adapt(args, method, model):
@@ -243,6 +240,9 @@ def adapt(args, method, model):
     targets = targets_of(model, args.targets)
     own = {name: getattr(args, name) for name in method.DEFAULTS}
     method.inject(model, targets, args.rank, args.alpha, args.dropout, **own)
+    if own.get("match_lora"):                   # GFA: a budget that chose the rank
+        args.rank = len(model.adapter.lora_A)
+        print(f"match_lora {own['match_lora']:g}: rank {args.rank}")
     if model.TRAINED_HEAD:                      # trains beside any adapter and, as adapters do, in fp32
         model.get_submodule(model.TRAINED_HEAD).float().requires_grad_(True)
     name = args.method if args.method in checkpoint.method_files() else str(Path(args.method).resolve())
@@ -317,7 +317,8 @@ def validate(model, examples, step, summary, out, record):
 def main(argv=None):
     args, method = parse(argv)
     try:        # all at which bad input can fail, before anything is written
-        out = check_out(args)
+        if args.out_dir:
+            check_out(Path(args.out_dir), args)
         task, args.task, names = tasks.find_task(args.task)
         sets, absent = tasks.test_rows(task, names, args.data, args.eval_limit)
         rows = tasks.train_rows(task, args.data, args.task, args.mix)[:args.train_rows]
@@ -340,6 +341,8 @@ def main(argv=None):
         optimizer = make_optimizer(method, args, [p for p in model.parameters() if p.requires_grad])
     except (ValueError, OSError) as error:
         Parser(prog="train.py").error(error)    # one line, exit 2
+    name = f"{Path(args.task).stem}-{Path(args.method).stem}-r{args.rank}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = Path(args.out_dir or f"runs/{name}")
     trainable = describe(args, method, model, examples, cut, steps, epoch_steps)
     if (out / "args.json").exists():        # --overwrite, see check_out
         shutil.rmtree(out)

@@ -399,6 +399,20 @@ def test_a_bf16_run_on_a_cpu_merges_into_fp32_unless_told_otherwise(tmp_path, ca
         assert f"merged in {dtype}: " in capsys.readouterr().out
 
 
+def test_match_lora_names_and_records_the_rank_that_it_chose(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--method", "gfa", "--match_lora", "8", *FAST, "--no-eval_before"])
+    (out,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((out / "summary.json").read_text())
+    adapter = load_file(out / "adapter" / "adapter_model.safetensors")["adapter.lora_A"]
+    rank = len(adapter)
+    assert rank != 8 and summary["rank"] == rank and f"-gfa-r{rank}-" in out.name
+    assert summary["trainable"] <= 71680            # LoRA's count at rank 8
+    record = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert record["rank"] == rank == json.loads((out / "args.json").read_text())["rank"]
+    assert f"match_lora 8: rank {rank}\n" in capsys.readouterr().out
+
+
 def test_reinit_every_none_is_one_long_stage(tmp_path, capsys):
     run("--method", "glora", *FAST, "--no-eval_before", "--reinit_every", "none", out=tmp_path / "run")
     assert "re-initialised" not in capsys.readouterr().out
