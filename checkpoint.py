@@ -384,7 +384,7 @@ def merge(method, model, source, dtype, examples):
         changes[name] = (exact.to(dtype) - exact).norm().item(), (exact - W).norm().item()
 
     model.eval().requires_grad_(False)
-    before = model.losses(examples)
+    before, ran_in = model.losses(examples), next(model.parameters()).dtype
     for name, layer in [(name, m) for name, m in model.named_modules() if hasattr(m, "delta")]:
         seen, linear = layer.base.weight.dtype, merge_layer(method, model, name, layer)
         change(name, linear.weight, seen)
@@ -397,16 +397,18 @@ def merge(method, model, source, dtype, examples):
             if isinstance(m, nn.Linear) and f"{name}.weight" in files:
                 change(name, m.weight, m.weight.dtype)
     moved = (model.to(dtype).losses(examples) - before).abs().max().item()
-    return report_merge(changes, str(dtype).removeprefix("torch."), moved, len(examples))
+    dtype, ran_in = (str(x).removeprefix("torch.") for x in (dtype, ran_in))
+    return report_merge(changes, dtype, ran_in, moved, len(examples))
 
 
-def report_merge(changes, dtype, moved, count):
+def report_merge(changes, dtype, ran_in, moved, count):
     """changes {module: (‖what rounding took‖, ‖ΔW‖)} -> summary.json's entry, after a line that says it."""
     share = {name: took / update if update else 0.0 for name, (took, update) in changes.items()}
     took, update = (math.hypot(*norms) for norms in zip(*changes.values()))
     worst, lost = max(share, key=share.get), took / update if update else 0.0
     print(f"merged in {dtype}: rounding took {lost:.2%} of the update, at most {share[worst]:.2%} ({worst}); "
-          f"log-probabilities of {count} training rows moved by up to {moved:.3g}")
+          f"log-probabilities of {count} training rows moved by up to {moved:.3g}"
+          + f" (activations were {ran_in})" * (ran_in != dtype))
     if moved > 0.5 and dtype != "float32":
         print("--merge_dtype float32 would keep them")
     return dict(dtype=dtype, lost=lost, log_probability=moved, lost_by_module=share)

@@ -284,7 +284,7 @@ def test_validation_keeps_the_best_adapter_beside_the_last(tmp_path, capsys):
 
 def test_the_bf16_base_stays_bf16_and_adapters_train_in_fp32(tmp_path):
     out = tmp_path / "run"
-    run(*FAST, "--dtype", "bfloat16", "--no-eval_before", "--merge", out=out)
+    run(*FAST, "--dtype", "bfloat16", "--merge_dtype", "bfloat16", "--no-eval_before", "--merge", out=out)
     dtypes = lambda file: {t.dtype for t in load_file(file).values()}
     assert dtypes(out / "adapter" / "adapter_model.safetensors") == {torch.float32}
     assert dtypes(out / "merged" / "model.safetensors") == {torch.bfloat16}
