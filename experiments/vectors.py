@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 LAYERS = {"k_proj": (16, 44, False), "query": (26, 22, True), "o_proj": (3, 7, False)}       # out, in, bias
 CASES = {   # of each method: the arguments of inject
     "lora": {"default": dict(rank=4), "alpha": dict(rank=4, alpha=6)},
-    "gralora": {"blocks": dict(rank=6, k=2), "hybrid": dict(rank=8, alpha=20, k=2, hybrid=2)},
+    "gralora": {"blocks": dict(rank=6, alpha=9, k=2), "hybrid": dict(rank=8, k=2, hybrid=2)},
     "cps_lora": {"cosine": dict(rank=6, k=2)}, "glora": {"exact": dict(rank=8, ratio="3:1")},
     "gfa": {"two": dict(rank=3), "three": dict(rank=2)}}
 SEED, TOKENS, STEPS, STAGES = 1201, 4, 2, 3
