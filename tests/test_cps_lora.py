@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from conftest import trainable
 
 import cps_lora as cps
@@ -288,7 +289,9 @@ def test_a_reinit_merges_clusters_and_starts_anew():
     group = [id(p) for p in optimizer.param_groups[0]["params"]]
     want = cps.cluster(*(f.detach() for f in (layer.expanded()[0].T, layer.expanded()[1])), 2, "cosine")
     cps.reinit(model, optimizer)
-    torch.testing.assert_close(layer.base.weight, W + delta)                    # line 4
+    x = torch.randn(3, 24, dtype=torch.float64)
+    torch.testing.assert_close(model(x), F.linear(x, W + delta, layer.base.bias))      # lines 4, 6
+    assert torch.equal(layer.base.weight, W)
     assert torch.equal(layer.lora_rows, want[0]) and torch.equal(layer.lora_columns, want[1])       # line 5
     assert not torch.equal(layer.lora_rows, rows)
     assert not torch.equal(layer.lora_A, A) and not layer.lora_B.any()          # line 8
@@ -329,7 +332,7 @@ def test_stages_of_another_model_are_refused():
 def test_only_the_stage_that_ended_is_clustered():
     model, optimizer, _ = trained()
     cps.reinit(model, optimizer)
-    nn.init.normal_(model[0].lora_B)
+    nn.init.normal_(model[0].lora_B, 0, 0.01)       # so little that the sum's clusters are the first stage's
     A, B = (f.detach() for f in model[0].expanded())
     want = cps.cluster(A.T, B, 2, "cosine")
     cps.reinit(model, optimizer)
@@ -341,7 +344,8 @@ def test_strategy_none_keeps_the_partition_and_still_merges():
     rows, delta = model[0].lora_rows.clone(), model[0].delta().detach()
     cps.reinit(model, optimizer)
     assert torch.equal(model[0].lora_rows, rows)
-    torch.testing.assert_close(model[0].base.weight, W + delta)
+    x = torch.randn(3, 24, dtype=torch.float64)
+    torch.testing.assert_close(model(x), F.linear(x, W + delta, model[0].base.bias))
 
 
 @pytest.mark.parametrize("strategy", cps.STRATEGIES)
@@ -420,3 +424,50 @@ def test_figure_6_half_the_parameters_for_the_same_error():
     budget = 4 * n * r
     assert error(local) < 1e-9 and 4 * r * (half + half) == budget
     assert error(globally(budget // (2 * n))) > 0.6 and error(globally(4 * r)) < 1e-9       # twice the budget
+
+
+# ---------------------------------------------------------------------- stages beside W
+
+def test_a_reinit_of_a_bf16_model_leaves_every_bit_of_w_and_rounds_the_activations_alone():
+    """Every product and sum is rounded by u of its size at most: before and after, against float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 20)).to(torch.bfloat16)
+    W = model[0].weight.detach().clone()
+    cps.inject(model, ("0",), 4)
+    layer, x, u = model[0], torch.randn(7, 24, dtype=torch.bfloat16), 2**-8
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(3):
+        nn.init.normal_(layer.lora_B, 0, 0.1)
+        (A, B), bias = (f.detach().double() for f in layer.total()), layer.base.bias.double()
+        exact = F.linear(x.double(), W.double() + B @ A, bias)
+        size = F.linear(x.double().abs(), W.double().abs() + B.abs() @ A.abs(), bias.abs())
+        before = model(x)
+        cps.reinit(model, optimizer)
+        assert torch.equal(layer.base.weight, W)
+        for y in (before, model(x)):                    # A, B, x Aᵀ, h Bᵀ, the sum; and W x, its bias
+            assert y.dtype == torch.bfloat16 and ((y.double() - exact).abs() < 6 * u * size).all()
+        assert ((layer.delta().double() - B @ A).abs() <= 1e-5 * (B.abs() @ A.abs())).all()         # in fp32
+
+
+def test_a_reinit_and_a_reload_need_no_weight():
+    """It may be sharded or on the meta device; no copy of it is held either."""
+    model, optimizer, W = trained()
+    model[0].base.weight = nn.Parameter(W.to("meta"), requires_grad=False)
+    delta = model[0].delta().detach()
+    cps.reinit(model, optimizer)
+    torch.testing.assert_close(model[0].delta(), delta)
+    fresh, _, _ = trained()
+    fresh[0].base.weight = model[0].base.weight
+    tensors = dict(model.state_dict())
+    cps.restore(fresh, tensors)
+    del tensors["0.base.weight"]
+    fresh.load_state_dict(tensors, strict=False)
+    torch.testing.assert_close(fresh[0].delta(), delta)
+    assert not any(torch.is_tensor(t) for t in vars(fresh[0]).values())
+
+
+def test_a_reinit_drops_the_gradients_of_the_factors_that_ended():
+    model, optimizer, _ = trained()
+    assert all(p.grad is not None for p in (model[0].lora_A, model[0].lora_B))
+    cps.reinit(model, optimizer)
+    assert all(p.grad is None for p in (model[0].lora_A, model[0].lora_B))
