@@ -28,7 +28,7 @@ Differs from the paper: Alg. 1's line 6, W_t ← (W_{t-1} + ΔW_{t-1})[π_r, :][
     u, v of Eq. 4 are the second singular pair (§3.3; §4.2's "dominant" is a slip).
 Left open by the paper: the fan-in of A's Kaiming init, its row cluster; the values at a re-init,
     the same again; the cosine's reference, the longest vector; d = max(1, ⌈log2 k⌉), k-means for
-    each side apart; "imbalanced", a cluster under half of the equal share;
+    each side apart, the best of ten; "imbalanced", a cluster under half of the equal share;
     dropout, 0 (else it reaches the merged stages, too: one product for all).
     The printed strategies find blocks of different mean. Blocks of mean zero in orthogonal
     subspaces (Prop. 2) look alike to them; `abs-cosine`, ours, tells those apart.
@@ -83,8 +83,8 @@ def balanced_cut(order, k):
     return clusters
 
 
-def kmeans(X, k, steps=50):
-    """Lloyd's k-means, seeded as k-means++: X (m, d) -> (m,) clusters in 0 .. k - 1."""
+def lloyd(X, k, steps=50):
+    """A run of Lloyd's k-means, seeded as k-means++: its inertia (squared distances), clusters."""
     centers = X[torch.randint(len(X), (1,))]
     for _ in range(k - 1):
         far = torch.cdist(X, centers).amin(1) ** 2
@@ -100,7 +100,12 @@ def kmeans(X, k, steps=50):
         if torch.equal(moved, centers):
             break
         centers = moved
-    return clusters
+    return distance.square().sum(), clusters
+
+
+def kmeans(X, k, starts=10):
+    """X (m, d) -> (m,) clusters in 0 .. k - 1: of the best run, as a single one may get stuck."""
+    return min((lloyd(X, k) for _ in range(starts)), key=lambda run: run[0])[1]
 
 
 def cluster(P, Q, k, strategy, reference="longest"):

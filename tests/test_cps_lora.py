@@ -90,6 +90,24 @@ def test_kmeans_finds_separate_groups_and_a_lloyd_fixed_point():
         assert torch.equal(torch.cdist(X, centers).argmin(1), found)
 
 
+def inertia(X, clusters):
+    return sum((X[clusters == j] - X[clusters == j].mean(0)).square().sum() for j in clusters.unique())
+
+
+def test_kmeans_is_the_best_of_ten_runs():
+    for seed in range(4):
+        torch.manual_seed(seed)
+        X = torch.rand(40, 2).double()
+        drawn = torch.get_rng_state()
+        runs = [cps.lloyd(X, 8) for _ in range(10)]
+        for value, clusters in runs:
+            torch.testing.assert_close(value, inertia(X, clusters))
+        values = [value.item() for value, _ in runs]
+        assert max(values) > 1.01 * min(values)
+        torch.set_rng_state(drawn)
+        assert inertia(X, cps.kmeans(X, 8)).item() == pytest.approx(min(values))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_kmeans_leaves_no_cluster_empty(seed):
     torch.manual_seed(seed)
