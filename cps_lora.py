@@ -68,10 +68,10 @@ def spectral_embedding(P, Q, d):
     lowest = min((part @ Q.T).min() for part in P.split(1024))          # in chunks: never m x n
     P = torch.cat((P, -lowest.expand(m, 1)), 1)                         # ΔW - min ΔW = P Qᵀ, now
     Q = torch.cat((Q, Q.new_ones(n, 1)), 1)
-    tiny = torch.finfo(P.dtype).tiny
     D_r, D_c = P @ Q.sum(0), Q @ P.sum(0)                               # row and column sums
-    Q_P, R_P = torch.linalg.qr(P / D_r.clamp(min=tiny).sqrt()[:, None])
-    Q_Q, R_Q = torch.linalg.qr(Q / D_c.clamp(min=tiny).sqrt()[:, None])
+    eps = torch.finfo(P.dtype).eps                      # what is less than that of the largest is 0
+    Q_P, R_P = torch.linalg.qr(P / D_r.clamp(min=eps * D_r.max()).sqrt()[:, None])
+    Q_Q, R_Q = torch.linalg.qr(Q / D_c.clamp(min=eps * D_c.max()).sqrt()[:, None])
     U, _, Vh = torch.linalg.svd(R_P @ R_Q.T)                            # App. E: a small SVD
     return Q_P @ U[:, 1:d + 1], Q_Q @ Vh[1:d + 1].T                     # the first pair is trivial
 

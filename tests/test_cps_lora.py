@@ -64,6 +64,23 @@ def test_the_spectral_embedding_is_that_of_the_dense_matrix(m, n, R, d):
         np.testing.assert_allclose(sign * v[:, c], Vt[c + 1], atol=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_row_or_column_that_is_the_minimum_throughout_moves_no_other(seed):
+    """In fp32 its sum is 0 but for rounding, and its part of S is that, not what divides it by so little."""
+    torch.manual_seed(seed)
+    P, Q = torch.rand(12, 3) + 1, torch.rand(9, 3)
+    P[4], P[:, 2] = torch.tensor([0.3, 0.7, 1.0]), 1
+    Q[:, 2] = 1 - Q[:, :2] @ P[4, :2]                               # row 4 of P Qᵀ is 1, the others above it
+    dense = P.double() @ Q.double().T
+    shifted = dense - dense.min()
+    S = shifted / shifted.sum(1).sqrt()[:, None] / shifted.sum(0).sqrt()
+    S[4] = 0
+    U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
+    bound = 10 * torch.finfo(torch.float32).eps ** 0.5 / sigma[1]   # a row of 1/√eps enters the QR
+    for u, v in (cps.spectral_embedding(P, Q, 1), cps.spectral_embedding(Q, P, 1)[::-1]):
+        assert ((u @ v.T).double() - U[:, 1:2] @ Vh[1:2]).norm() < bound
+
+
 # ---------------------------------------------------------------------- cutting, k-means
 
 @pytest.mark.parametrize("m, k, sizes", [(8, 2, [4, 4]), (10, 3, [4, 3, 3]), (5, 5, [1] * 5), (7, 1, [7]),
