@@ -228,8 +228,8 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=2, strategy="cosi
         smaller = min(base.weight.shape)
         if not 1 <= rank <= smaller:
             raise ValueError(f"rank {rank} for {name}, expected 1 to {smaller}")
-        if not 1 <= k <= smaller or rank % k:
-            raise ValueError(f"k {k} for {name}, expected a divisor of rank {rank}, 1 to {smaller}")
+        if k < 1 or rank % k:                                           # so k <= rank <= smaller
+            raise ValueError(f"k {k} for {name}, expected a divisor of rank {rank}")
     model.requires_grad_(False)
     for name, base in found.items():
         parent, _, leaf = name.rpartition(".")

@@ -64,6 +64,20 @@ def test_the_spectral_embedding_is_that_of_the_dense_matrix(m, n, R, d):
         np.testing.assert_allclose(sign * v[:, c], Vt[c + 1], atol=1e-9)
 
 
+@pytest.mark.parametrize("place", [3, 1090])
+def test_the_minimum_of_the_update_is_found_wherever_its_row_is(place):
+    """Beyond the first 1024 rows, which are multiplied out at once, and among them."""
+    P, Q = (factor.abs() for factor in low_rank(1100, 8, 3))
+    P[place] *= -1
+    dense = P @ Q.T
+    assert dense.argmin() // 8 == place
+    shifted = dense - dense.min()
+    U, _, Vh = torch.linalg.svd(shifted / shifted.sum(1).sqrt()[:, None] / shifted.sum(0).sqrt(),
+                                full_matrices=False)
+    u, v = cps.spectral_embedding(P, Q, 1)
+    torch.testing.assert_close(u @ v.T, U[:, 1:2] @ Vh[1:2])
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_a_row_or_column_that_is_the_minimum_throughout_moves_no_other(seed):
     """In fp32 its sum is 0 but for rounding, and its part of S is that, not what divides it by so little."""
@@ -293,6 +307,7 @@ def test_the_parameter_count_is_loras_whatever_k():
 
 @pytest.mark.parametrize("own, message", [
     (dict(k=4), "k 4 for 0, expected a divisor of rank 6"), (dict(k=0), "k 0 for 0"),
+    (dict(k=21), "k 21 for 0, expected a divisor of rank 6"),       # above min(in, out), hence above the rank
     (dict(strategy="x"), "strategy 'x', expected one of cosine"),
     (dict(reference="x"), "reference 'x', expected one of longest")])
 def test_bad_settings(own, message):
@@ -501,8 +516,70 @@ def test_a_reinit_and_a_reload_need_no_weight():
     assert not any(torch.is_tensor(t) for t in vars(fresh[0]).values())
 
 
+def test_a_reinit_moves_every_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 20), nn.Linear(20, 24), nn.Linear(24, 20)).double()
+    cps.inject(model, ("0", "1", "2"), 4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for layer in model:
+        nn.init.normal_(layer.lora_B, 0, 0.1)
+    A, rows = [layer.lora_A.detach().clone() for layer in model], [layer.lora_rows.clone() for layer in model]
+    model(torch.randn(6, 24).double()).square().sum().backward()
+    optimizer.step()
+    cps.reinit(model, optimizer)
+    for layer, A_, rows_ in zip(model, A, rows, strict=True):
+        assert len(layer.lora_merged_A) == 8 and not layer.lora_B.any() and layer.lora_merged_B.any()
+        assert not torch.equal(layer.lora_A, A_) and not torch.equal(layer.lora_rows, rows_)
+    assert not optimizer.state
+
+
 def test_a_reinit_drops_the_gradients_of_the_factors_that_ended():
     model, optimizer, _ = trained()
     assert all(p.grad is not None for p in (model[0].lora_A, model[0].lora_B))
     cps.reinit(model, optimizer)
     assert all(p.grad is None for p in (model[0].lora_A, model[0].lora_B))
+
+
+def test_dropout_spares_what_the_base_sees():
+    torch.manual_seed(0)
+    ours = cps.CPSLinear(nn.Linear(14, 10), 6, 0.5, 2, "cosine", "longest").double()
+    nn.init.normal_(ours.lora_B)
+    x = torch.randn(5, 14).double()
+    torch.manual_seed(1)
+    y = ours(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(y, ours.base(x) + F.linear(F.dropout(x, 0.5), ours.delta()))
+
+
+# ---------------------------------------------------------------------- the strategies' lines
+
+@pytest.mark.parametrize("k, d", [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (8, 3), (9, 4)])
+def test_the_embedding_has_log2_k_dimensions_rounded_up(k, d, monkeypatch):
+    asked, embedding = [], cps.spectral_embedding
+    monkeypatch.setattr(cps, "spectral_embedding", lambda P, Q, d: asked.append(d) or embedding(P, Q, d))
+    P, Q = low_rank(20, 18, 6)
+    found = cps.cluster(P, Q, k, "spectral")
+    assert asked == [d] and [len(c.unique()) for c in found] == [k, k]
+
+
+@pytest.mark.parametrize("m, few, skewed", [(64, 15, True), (64, 16, False), (66, 16, True), (66, 17, False)])
+def test_a_cluster_is_skewed_under_half_of_the_equal_share_and_not_at_it(m, few, skewed):
+    torch.manual_seed(0)
+    rows, columns = (torch.arange(m) < few).long(), torch.arange(64) % 2
+    means, noise = torch.tensor([[2.0, 0.5], [0.3, 1.5]]).double(), 0.1 * torch.randn(m, 2).double()
+    P = torch.cat((means[rows], noise), 1)
+    Q = torch.cat((torch.eye(2).double()[columns], torch.randn(64, 2).double()), 1)
+    assert sorted(cps.cluster(P, Q, 2, "spectral")[0].bincount().tolist()) == [few, m - few]
+    for strategy in ("spectral-balance1", "spectral-balance2"):
+        found = cps.cluster(P, Q, 2, strategy)[0].bincount().tolist()
+        assert sorted(found) == ([m // 2] * 2 if skewed else [few, m - few])
+
+
+def test_random_clusters_are_scattered_and_new_ones_every_time():
+    """Neighbours share a cluster as often as chance has it: 0.5 ± 0.016, and so do two draws."""
+    torch.manual_seed(0)
+    P, Q = torch.ones(1000, 1), torch.ones(1200, 1)
+    (rows, columns), (others, _) = (cps.cluster(P, Q, 2, "random") for _ in range(2))
+    pairs = (rows[1:], rows[:-1]), (columns[1:], columns[:-1]), (rows, others), (rows, columns[:1000])
+    for one, other in pairs:
+        assert 0.4 < (one == other).double().mean() < 0.6
