@@ -138,6 +138,7 @@ def reinit(model, optimizer):
         A, B, W = layer.lora_fixed_A, layer.lora_fixed_B, layer.base.weight
         layer.factorize(layer.pretrained.to(W.device, A.dtype) + B @ A)
         for p in (layer.lora_A, layer.lora_B):
+            p.grad = None                                       # of the factors that were merged
             optimizer.state.pop(p, None)
 
 
@@ -146,6 +147,7 @@ def merge(model):
     """Write every whole update into its weight, rounded once, and put the plain nn.Linear back."""
     for name, layer in layers(model).items():
         layer.write(*layer.total())
+        layer.pretrained = None                 # its memory, before the next weight is computed
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.base)
 

@@ -1,5 +1,6 @@
 """The methods that the papers compare with: what each paper or code says, against peft where it has them."""
 import copy
+import weakref
 
 import pytest
 import torch
@@ -186,6 +187,30 @@ def test_rosa_reinit_merges_and_drops_the_moments():
         assert not optimizer.state
     with pytest.raises(ValueError, match="no alpha"):
         linear(rosa, alpha=8)
+
+
+def test_rosa_reinit_drops_the_gradients_of_the_merged_factors():
+    model, layer, _ = linear(rosa)
+    model(torch.randn(5, 24).double()).square().sum().backward()
+    assert all(p.grad is not None for p in (layer.lora_A, layer.lora_B))
+    rosa.reinit(model, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))
+    assert all(p.grad is None for p in (layer.lora_A, layer.lora_B))
+
+
+def test_rosa_merge_frees_each_layers_copy_of_its_weight_before_the_next(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    rosa.inject(model, ("0", "1", "2"), 4)
+    layers, write, held = list(model), rosa.RoSALinear.write, []    # layers live on, copies do not
+    copies = [weakref.ref(layer.pretrained) for layer in layers]
+
+    def counting(layer, A, B):
+        held.append(sum(copy() is not None for copy in copies))
+        write(layer, A, B)
+
+    monkeypatch.setattr(rosa.RoSALinear, "write", counting)
+    rosa.merge(model)
+    assert held == [3, 2, 1]
 
 
 # ------------------------------------------------------------------------------------ RaSA

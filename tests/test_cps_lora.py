@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from conftest import trainable
 
 import cps_lora as cps
@@ -65,6 +66,37 @@ def test_the_spectral_embedding_is_that_of_the_dense_matrix(m, n, R, d):
         np.testing.assert_allclose(sign * v[:, c], Vt[c + 1], rtol=0, atol=1e-12 / gap)
 
 
+@pytest.mark.parametrize("place", [3, 1090])
+def test_the_minimum_of_the_update_is_found_wherever_its_row_is(place):
+    """Beyond the first 1024 rows, which are multiplied out at once, and among them."""
+    P, Q = (factor.abs() for factor in low_rank(1100, 8, 3))
+    P[place] *= -1
+    dense = P @ Q.T
+    assert dense.argmin() // 8 == place
+    shifted = dense - dense.min()
+    U, _, Vh = torch.linalg.svd(shifted / shifted.sum(1).sqrt()[:, None] / shifted.sum(0).sqrt(),
+                                full_matrices=False)
+    u, v = cps.spectral_embedding(P, Q, 1)
+    torch.testing.assert_close(u @ v.T, U[:, 1:2] @ Vh[1:2])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_row_or_column_that_is_the_minimum_throughout_moves_no_other(seed):
+    """In fp32 its sum is 0 but for rounding, and its part of S is that, not what divides it by so little."""
+    torch.manual_seed(seed)
+    P, Q = torch.rand(12, 3) + 1, torch.rand(9, 3)
+    P[4], P[:, 2] = torch.tensor([0.3, 0.7, 1.0]), 1
+    Q[:, 2] = 1 - Q[:, :2] @ P[4, :2]                               # row 4 of P Qᵀ is 1, the others above it
+    dense = P.double() @ Q.double().T
+    shifted = dense - dense.min()
+    S = shifted / shifted.sum(1).sqrt()[:, None] / shifted.sum(0).sqrt()
+    S[4] = 0
+    U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
+    bound = 10 * torch.finfo(torch.float32).eps ** 0.5 / sigma[1]   # a row of 1/√eps enters the QR
+    for u, v in (cps.spectral_embedding(P, Q, 1), cps.spectral_embedding(Q, P, 1)[::-1]):
+        assert ((u @ v.T).double() - U[:, 1:2] @ Vh[1:2]).norm() < bound
+
+
 # ---------------------------------------------------------------------- cutting, k-means
 
 @pytest.mark.parametrize("m, k, sizes", [(8, 2, [4, 4]), (10, 3, [4, 3, 3]), (5, 5, [1] * 5), (7, 1, [7]),
@@ -89,6 +121,24 @@ def test_kmeans_finds_separate_groups_and_a_lloyd_fixed_point():
         found = cps.kmeans(X, 3)
         centers = torch.stack([X[found == j].mean(0) for j in range(3)])
         assert torch.equal(torch.cdist(X, centers).argmin(1), found)
+
+
+def inertia(X, clusters):
+    return sum((X[clusters == j] - X[clusters == j].mean(0)).square().sum() for j in clusters.unique())
+
+
+def test_kmeans_is_the_best_of_ten_runs():
+    for seed in range(4):
+        torch.manual_seed(seed)
+        X = torch.rand(40, 2).double()
+        drawn = torch.get_rng_state()
+        runs = [cps.lloyd(X, 8) for _ in range(10)]
+        for value, clusters in runs:
+            torch.testing.assert_close(value, inertia(X, clusters))
+        values = [value.item() for value, _ in runs]
+        assert max(values) > 1.01 * min(values)
+        torch.set_rng_state(drawn)
+        assert inertia(X, cps.kmeans(X, 8)).item() == pytest.approx(min(values))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -260,6 +310,7 @@ def test_the_parameter_count_is_loras_whatever_k():
 
 @pytest.mark.parametrize("own, message", [
     (dict(k=4), "k 4 for 0, expected a divisor of rank 6"), (dict(k=0), "k 0 for 0"),
+    (dict(k=21), "k 21 for 0, expected a divisor of rank 6"),       # above min(in, out), hence above the rank
     (dict(strategy="x"), "strategy 'x', expected one of cosine"),
     (dict(reference="x"), "reference 'x', expected one of longest")])
 def test_bad_settings(own, message):
@@ -291,7 +342,9 @@ def test_a_reinit_merges_clusters_and_starts_anew():
     group = [id(p) for p in optimizer.param_groups[0]["params"]]
     want = cps.cluster(*(f.detach() for f in (layer.expanded()[0].T, layer.expanded()[1])), 2, "cosine")
     cps.reinit(model, optimizer)
-    torch.testing.assert_close(layer.base.weight, W + delta)                    # line 4
+    x = torch.randn(3, 24, dtype=torch.float64)
+    torch.testing.assert_close(model(x), F.linear(x, W + delta, layer.base.bias))      # lines 4, 6
+    assert torch.equal(layer.base.weight, W)
     assert torch.equal(layer.lora_rows, want[0]) and torch.equal(layer.lora_columns, want[1])       # line 5
     assert not torch.equal(layer.lora_rows, rows)
     assert not torch.equal(layer.lora_A, A) and not layer.lora_B.any()          # line 8
@@ -332,7 +385,7 @@ def test_stages_of_another_model_are_refused():
 def test_only_the_stage_that_ended_is_clustered():
     model, optimizer, _ = trained()
     cps.reinit(model, optimizer)
-    nn.init.normal_(model[0].lora_B)
+    nn.init.normal_(model[0].lora_B, 0, 0.01)       # so little that the sum's clusters are the first stage's
     A, B = (f.detach() for f in model[0].expanded())
     want = cps.cluster(A.T, B, 2, "cosine")
     cps.reinit(model, optimizer)
@@ -344,7 +397,8 @@ def test_strategy_none_keeps_the_partition_and_still_merges():
     rows, delta = model[0].lora_rows.clone(), model[0].delta().detach()
     cps.reinit(model, optimizer)
     assert torch.equal(model[0].lora_rows, rows)
-    torch.testing.assert_close(model[0].base.weight, W + delta)
+    x = torch.randn(3, 24, dtype=torch.float64)
+    torch.testing.assert_close(model(x), F.linear(x, W + delta, model[0].base.bias))
 
 
 @pytest.mark.parametrize("strategy", cps.STRATEGIES)
@@ -423,3 +477,118 @@ def test_figure_6_half_the_parameters_for_the_same_error():
     budget = 4 * n * r
     assert error(local) < 1e-9 and 4 * r * (half + half) == budget
     assert error(globally(budget // (2 * n))) > 0.6 and error(globally(4 * r)) < 1e-9       # twice the budget
+
+
+# ---------------------------------------------------------------------- stages beside W
+
+def test_a_reinit_of_a_bf16_model_leaves_every_bit_of_w_and_rounds_the_activations_alone():
+    """Every product and sum is rounded by u of its size at most: before and after, against float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 20)).to(torch.bfloat16)
+    W = model[0].weight.detach().clone()
+    cps.inject(model, ("0",), 4)
+    layer, x, u = model[0], torch.randn(7, 24, dtype=torch.bfloat16), 2**-8
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(3):
+        nn.init.normal_(layer.lora_B, 0, 0.1)
+        (A, B), bias = (f.detach().double() for f in layer.total()), layer.base.bias.double()
+        exact = F.linear(x.double(), W.double() + B @ A, bias)
+        size = F.linear(x.double().abs(), W.double().abs() + B.abs() @ A.abs(), bias.abs())
+        before = model(x)
+        cps.reinit(model, optimizer)
+        assert torch.equal(layer.base.weight, W)
+        for y in (before, model(x)):                    # A, B, x Aᵀ, h Bᵀ, the sum; and W x, its bias
+            assert y.dtype == torch.bfloat16 and ((y.double() - exact).abs() < 6 * u * size).all()
+        assert ((layer.delta().double() - B @ A).abs() <= 1e-5 * (B.abs() @ A.abs())).all()         # in fp32
+
+
+def test_a_reinit_and_a_reload_need_no_weight():
+    """It may be sharded or on the meta device; no copy of it is held either."""
+    model, optimizer, W = trained()
+    model[0].base.weight = nn.Parameter(W.to("meta"), requires_grad=False)
+    delta = model[0].delta().detach()
+    cps.reinit(model, optimizer)
+    torch.testing.assert_close(model[0].delta(), delta)
+    fresh, _, _ = trained()
+    fresh[0].base.weight = model[0].base.weight
+    tensors = dict(model.state_dict())
+    cps.restore(fresh, tensors)
+    del tensors["0.base.weight"]
+    fresh.load_state_dict(tensors, strict=False)
+    torch.testing.assert_close(fresh[0].delta(), delta)
+    assert not any(torch.is_tensor(t) for t in vars(fresh[0]).values())
+
+
+def test_a_reinit_moves_every_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 20), nn.Linear(20, 24), nn.Linear(24, 20)).double()
+    cps.inject(model, ("0", "1", "2"), 4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for layer in model:
+        nn.init.normal_(layer.lora_B, 0, 0.1)
+    A, rows = [layer.lora_A.detach().clone() for layer in model], [layer.lora_rows.clone() for layer in model]
+    model(torch.randn(6, 24).double()).square().sum().backward()
+    optimizer.step()
+    cps.reinit(model, optimizer)
+    for layer, A_, rows_ in zip(model, A, rows, strict=True):
+        assert len(layer.lora_merged_A) == 8 and not layer.lora_B.any() and layer.lora_merged_B.any()
+        assert not torch.equal(layer.lora_A, A_) and not torch.equal(layer.lora_rows, rows_)
+    assert not optimizer.state
+
+
+def test_a_reinit_drops_the_gradients_of_the_factors_that_ended():
+    model, optimizer, _ = trained()
+    assert all(p.grad is not None for p in (model[0].lora_A, model[0].lora_B))
+    cps.reinit(model, optimizer)
+    assert all(p.grad is None for p in (model[0].lora_A, model[0].lora_B))
+
+
+def test_dropout_spares_what_the_base_sees_and_the_stages_that_are_part_of_w_t():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(14, 10)).double()
+    cps.inject(model, ("0",), 6, dropout=0.5)
+    ours, optimizer = model[0], torch.optim.SGD(model.parameters(), 0)
+    x, before = torch.randn(5, 14).double(), torch.zeros(10, 14).double()
+    for _ in range(3):
+        nn.init.normal_(ours.lora_B)
+        torch.manual_seed(1)
+        y = ours(x)
+        torch.manual_seed(1)
+        live = F.linear(F.dropout(x, 0.5), ours.delta() - before)
+        torch.testing.assert_close(y, ours.base(x) + F.linear(x, before) + live)
+        before = ours.delta().detach()
+        cps.reinit(model, optimizer)
+
+
+# ---------------------------------------------------------------------- the strategies' lines
+
+@pytest.mark.parametrize("k, d", [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (8, 3), (9, 4)])
+def test_the_embedding_has_log2_k_dimensions_rounded_up(k, d, monkeypatch):
+    asked, embedding = [], cps.spectral_embedding
+    monkeypatch.setattr(cps, "spectral_embedding", lambda P, Q, d: asked.append(d) or embedding(P, Q, d))
+    P, Q = low_rank(20, 18, 6)
+    found = cps.cluster(P, Q, k, "spectral")
+    assert asked == [d] and [len(c.unique()) for c in found] == [k, k]
+
+
+@pytest.mark.parametrize("m, few, skewed", [(64, 15, True), (64, 16, False), (66, 16, True), (66, 17, False)])
+def test_a_cluster_is_skewed_under_half_of_the_equal_share_and_not_at_it(m, few, skewed):
+    torch.manual_seed(0)
+    rows, columns = (torch.arange(m) < few).long(), torch.arange(64) % 2
+    means, noise = torch.tensor([[2.0, 0.5], [0.3, 1.5]]).double(), 0.1 * torch.randn(m, 2).double()
+    P = torch.cat((means[rows], noise), 1)
+    Q = torch.cat((torch.eye(2).double()[columns], torch.randn(64, 2).double()), 1)
+    assert sorted(cps.cluster(P, Q, 2, "spectral")[0].bincount().tolist()) == [few, m - few]
+    for strategy in ("spectral-balance1", "spectral-balance2"):
+        found = cps.cluster(P, Q, 2, strategy)[0].bincount().tolist()
+        assert sorted(found) == ([m // 2] * 2 if skewed else [few, m - few])
+
+
+def test_random_clusters_are_scattered_and_new_ones_every_time():
+    """Neighbours share a cluster as often as chance has it: 0.5 ± 0.016, and so do two draws."""
+    torch.manual_seed(0)
+    P, Q = torch.ones(1000, 1), torch.ones(1200, 1)
+    (rows, columns), (others, _) = (cps.cluster(P, Q, 2, "random") for _ in range(2))
+    pairs = (rows[1:], rows[:-1]), (columns[1:], columns[:-1]), (rows, others), (rows, columns[:1000])
+    for one, other in pairs:
+        assert 0.4 < (one == other).double().mean() < 0.6
