@@ -57,36 +57,41 @@ def cut(rows, offset, shape):
 
 class Product(torch.autograd.Function):
     """
-    x (..., q) -> x (W + Δ)ᵀ (..., p). Δ is cut from B A, the rows of M that this module meets.
-    Backward forms Δ anew: autograd keeps x, W, B (rows, r) and A (r, k), never Δ.
+    x (..., q) -> x (W + Δ)ᵀ + bias (..., p). Δ is cut from B A, the rows of M that this module
+    meets. Backward forms Δ anew: autograd keeps x, W, B (rows, r) and A (r, k), never Δ. W and bias
+    are frozen. Autocast narrows what is computed, not A: then W + Δ would lose Δ, as in bf16.
     """
 
     @staticmethod
-    def forward(ctx, x, W, B, A, offset):
+    def forward(ctx, x, W, bias, B, A, offset):
         ctx.save_for_backward(x, W, B, A)
         ctx.offset = offset
         delta = cut(B @ A, offset, W.shape)                             # Alg. 1, line 3
-        if W.dtype == delta.dtype:
-            return F.linear(x, W + delta)                               # Alg. 1, line 4
-        return F.linear(x, W) + F.linear(x, delta.to(x.dtype))          # bf16 W + Δ would lose Δ
+        if W.dtype == A.dtype == delta.dtype:
+            return F.linear(x, delta.add_(W), bias)                     # Alg. 1, line 4
+        return F.linear(x, W, bias) + F.linear(x, delta.to(x.dtype))    # bf16 W + Δ would lose Δ
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, W, B, A = ctx.saved_tensors
-        dx = None
+        dx, dM = None, A.new_empty(len(B), A.shape[1])      # one buffer: Δ, then its gradient
+        window, fused = cut(dM, ctx.offset, W.shape), dy.dtype == A.dtype
         if ctx.needs_input_grad[0]:
-            delta = cut(B @ A, ctx.offset, W.shape)
-            fused = W.dtype == delta.dtype
-            dx = dy @ (W + delta) if fused else dy @ W + dy @ delta.to(dy.dtype)
-        dM = A.new_zeros(len(B), A.shape[1])                    # stays 0 outside this module
-        dW = dy.reshape(-1, len(W)).T @ x.reshape(-1, W.shape[1])       # (p, q), the gradient of Δ
-        cut(dM, ctx.offset, W.shape).copy_(dW)
-        return dx, None, dM @ A.T, B.T @ dM, None
+            torch.mm(B, A, out=dM)                          # Δ in its window
+            dx = dy @ window.add_(W) if fused else dy @ W.to(dy.dtype) + dy @ window.to(dy.dtype)
+        flat = dM.flatten()                                 # 0 outside this module
+        flat[:ctx.offset] = flat[ctx.offset + W.numel():] = 0
+        dy, x = dy.reshape(-1, len(W)), x.reshape(-1, W.shape[1]).to(dy.dtype)
+        torch.mm(dy.T, x, out=window) if fused else window.copy_(dy.T @ x)      # (p, q)
+        return dx, None, None, dM @ A.T, B.T @ dM, None
 
 
-class GlobalFactors(nn.Module):
-    """The one pair that all modules share. The padding at M's end is in no module's slice."""
+class GlobalFactors(nn.Identity):
+    """
+    The one pair that all modules share. The padding at M's end is in no module's slice. An
+    Identity: an nn.Sequential that was injected calls all of its children.
+    """
 
     def __init__(self, d, rank, sigma, **new):
         super().__init__()
@@ -95,9 +100,6 @@ class GlobalFactors(nn.Module):
             raise ValueError(f"rank {rank} for a global matrix of {m} x {k}, expected 1 to {k}")
         self.lora_B = nn.Parameter(torch.zeros(m, rank, **new))         # Step 3
         self.lora_A = nn.Parameter(torch.empty(rank, k, **new).normal_(0, sigma))
-
-    def forward(self, x):
-        return x        # an nn.Sequential that was injected calls all of its children
 
 
 class GFALinear(nn.Module):
@@ -115,8 +117,7 @@ class GFALinear(nn.Module):
         return self.shared.lora_B[self.first:self.last], self.shared.lora_A
 
     def forward(self, x):
-        y = Product.apply(x, self.base.weight, *self.rows(), self.offset)
-        return y if self.base.bias is None else y + self.base.bias
+        return Product.apply(x, self.base.weight, self.base.bias, *self.rows(), self.offset)
 
     def delta(self):
         B, A = self.rows()

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import trainable
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gfa
@@ -74,7 +75,7 @@ def test_gradcheck(offset):
     new = dict(dtype=torch.float64, requires_grad=True)
     x, B, A = torch.randn(2, 3, 4, **new), torch.randn(4, 2, **new), torch.randn(2, 6, **new)
     W = torch.randn(4, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, B, A: gfa.Product.apply(x, W, B, A, offset), (x, B, A))
+    assert torch.autograd.gradcheck(lambda x, B, A: gfa.Product.apply(x, W, None, B, A, offset), (x, B, A))
 
 
 def test_step_4_slices_are_disjoint_and_cover_the_vector_in_order():
@@ -286,5 +287,103 @@ def test_a_bf16_base_does_not_round_the_update_away():
     exact.backward(dy.double())
     assert error(model.adapter.lora_B.grad, B.grad) < 0.01 and error(model.adapter.lora_A.grad, A.grad) < 0.01
     z = x.clone().requires_grad_()                      # the update's own part of dx
-    gfa.Product.apply(z, torch.zeros_like(W), *model[0].rows(), 0).backward(dy)
+    gfa.Product.apply(z, torch.zeros_like(W), None, *model[0].rows(), 0).backward(dy)
     assert error(z.grad, (dy.double() @ gfa.cut(B @ A, 0, W.shape)).detach()) < 0.02
+
+
+# ---------------------------------------------------------------------- one buffer, bf16, autocast
+
+class Allocations(TorchDispatchMode):
+    """The distinct storages of at least `size` entries that operations return, those in `known` left out."""
+
+    def __init__(self, size, known):
+        super().__init__()
+        self.size, self.known, self.held = size, {t.untyped_storage().data_ptr() for t in known}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() >= self.size:
+            self.held.append(out)               # held, so that no address is used twice
+        return out
+
+    def count(self):
+        return len({t.untyped_storage().data_ptr() for t in self.held} - self.known)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_direction_allocates_one_buffer_as_large_as_a_weight(dtype):
+    model = nn.Sequential(nn.Linear(48, 40)).to(dtype)
+    gfa.inject(model, ("0",), 2)
+    x = torch.randn(5, 48, dtype=dtype, requires_grad=True)
+    with Allocations(48 * 40, model.state_dict().values()) as forward:
+        y = model(x)
+    with Allocations(48 * 40, model.state_dict().values()) as backward:
+        y.backward(torch.randn(5, 40, dtype=dtype))
+    assert (forward.count(), backward.count()) == (1, 1)
+
+
+def test_the_buffer_is_0_outside_a_module_that_needs_no_input_gradient():
+    """Its entries are never computed there; deterministic torch fills what is not written with NaN."""
+    base, model = injected()
+    B, A = (model.adapter.get_parameter(n).detach().clone().requires_grad_() for n in ("lora_B", "lora_A"))
+    assert model.layers[0].last * A.shape[1] > base.layers[0].weight.numel()        # a tail
+    assert model.layers[-1].offset > 0                                              # a head
+    x, dy = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    z, dz = torch.randn(6, 7, dtype=torch.float64), torch.randn(6, 10, dtype=torch.float64)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        model.layers[0](z).backward(dz)
+        model.layers[-1](x).backward(dy)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    vec = (B @ A).flatten()
+    ((z @ vec[:70].view(10, 7).T * dz).sum() + (x @ vec[145:160].view(3, 5).T * dy).sum()).backward()
+    torch.testing.assert_close(model.adapter.lora_B.grad, B.grad)
+    torch.testing.assert_close(model.adapter.lora_A.grad, A.grad)
+
+
+def test_at_init_a_bf16_layer_with_bias_is_its_linear_to_the_last_bit():
+    """In whole numbers every order of a sum gives the same: a second rounding, before the bias, would show."""
+    torch.manual_seed(0)
+    base = nn.Linear(64, 48).to(torch.bfloat16)
+    with torch.no_grad():
+        for p in base.parameters():
+            p.copy_(torch.randint(-9, 10, p.shape))
+        base.bias *= 5
+    model = nn.Sequential(copy.deepcopy(base))
+    gfa.inject(model, ("0",), 2)
+    x = torch.randint(-9, 10, (100, 64)).to(torch.bfloat16)
+    assert torch.equal(model(x), base(x))
+
+
+@pytest.mark.parametrize("dtype, autocast", [(torch.bfloat16, ""), (torch.bfloat16, "forward"),
+                                             (torch.float32, "forward"), (torch.float32, "both")])
+def test_bf16_and_autocast_keep_a_small_update_in_each_direction(dtype, autocast):
+    """
+    An update of 1e-3 of W's scale. W = [[V, V], [V, V]] in whole numbers: of [z, -z] and of [d, -d] its own
+    part is 0, exactly, and Δ's is all that is left. Of another dy, W's is nearly all.
+    """
+    torch.manual_seed(0)
+    whole = lambda *shape: torch.randint(-4, 5, shape).to(dtype)
+    V, z, d = whole(32, 64), whole(24, 64), whole(24, 32)
+    model = nn.Sequential(nn.Linear(128, 64, bias=False)).to(dtype)
+    model[0].weight.data = W = V.repeat(2, 2)
+    gfa.inject(model, ("0",), 4)
+    with torch.no_grad():
+        model.adapter.lora_B.normal_()
+        model.adapter.lora_B *= 3e-3 / model[0].delta().std()
+    x = torch.cat([z, -z], 1).requires_grad_()
+    for dy in (torch.cat([d, -d], 1), whole(24, 64)):
+        B, A, t = (v.detach().double().requires_grad_()
+                   for v in (model.adapter.lora_B, model.adapter.lora_A, x))
+        want = t @ (W.double() + gfa.cut(B @ A, 0, W.shape)).T
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(autocast)):
+            y = model(x)
+        assert y.dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast == "both"):
+            got = torch.autograd.grad(y, (x, model.adapter.lora_B, model.adapter.lora_A), dy.to(y.dtype))
+        exact = torch.autograd.grad(want, (t, B, A), dy.double())
+        assert [g.dtype for g in got] == [dtype, torch.float32, torch.float32]
+        for one, other in zip((y, *got), (want, *exact)):       # 2^-9 a rounding; W + Δ in bf16 has > 0.5
+            assert (one.double() - other).norm() < 0.03 * other.norm()
