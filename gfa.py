@@ -112,16 +112,20 @@ class GFALinear(nn.Module):
         k = shared.lora_A.shape[1]
         self.first, self.offset = divmod(start, k)          # row and column of M where Δ begins
         self.last = -(-(start + base.weight.numel()) // k)  # the row after Δ's last
+        # As sizes, which are symbols to torch.compile: a module's integers are constants to it, and
+        # every layer would be compiled anew.
+        self.place = torch.empty(()).expand(self.first, self.last, self.offset)
 
     def rows(self):
-        return self.shared.lora_B[self.first:self.last], self.shared.lora_A
+        first, last, offset = self.place.shape
+        return self.shared.lora_B[first:last], self.shared.lora_A, offset
 
     def forward(self, x):
-        return Product.apply(x, self.base.weight, self.base.bias, *self.rows(), self.offset)
+        return Product.apply(x, self.base.weight, self.base.bias, *self.rows())
 
     def delta(self):
-        B, A = self.rows()
-        return cut(B @ A, self.offset, self.base.weight.shape)          # (p, q)
+        B, A, offset = self.rows()
+        return cut(B @ A, offset, self.base.weight.shape)               # (p, q)
 
 
 def find(model, targets):

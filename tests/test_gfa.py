@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import trainable
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -287,7 +288,7 @@ def test_a_bf16_base_does_not_round_the_update_away():
     exact.backward(dy.double())
     assert error(model.adapter.lora_B.grad, B.grad) < 0.01 and error(model.adapter.lora_A.grad, A.grad) < 0.01
     z = x.clone().requires_grad_()                      # the update's own part of dx
-    gfa.Product.apply(z, torch.zeros_like(W), None, *model[0].rows(), 0).backward(dy)
+    gfa.Product.apply(z, torch.zeros_like(W), None, *model[0].rows()).backward(dy)
     assert error(z.grad, (dy.double() @ gfa.cut(B @ A, 0, W.shape)).detach()) < 0.02
 
 
@@ -344,7 +345,7 @@ def test_the_buffer_is_0_outside_a_module_that_needs_no_input_gradient():
 
 
 def test_at_init_a_bf16_layer_with_bias_is_its_linear_to_the_last_bit():
-    """In whole numbers every order of a sum gives the same: a second rounding, before the bias, would show."""
+    """In whole numbers every order of a sum gives the same; a second rounding, before the bias, shows."""
     torch.manual_seed(0)
     base = nn.Linear(64, 48).to(torch.bfloat16)
     with torch.no_grad():
@@ -387,3 +388,25 @@ def test_bf16_and_autocast_keep_a_small_update_in_each_direction(dtype, autocast
         assert [g.dtype for g in got] == [dtype, torch.float32, torch.float32]
         for one, other in zip((y, *got), (want, *exact)):       # 2^-9 a rounding; W + Δ in bf16 has > 0.5
             assert (one.double() - other).norm() < 0.03 * other.norm()
+
+
+def test_twelve_layers_of_one_shape_compile_to_two_graphs():
+    """One for the first, which begins at 0, and one for all others: dynamo takes only sizes 0 and 1 apart."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(12)))
+    gfa.inject(model, tuple(map(str, range(12))), 2)
+    nn.init.normal_(model.adapter.lora_B)
+    layers, counter = model[:12], CompileCounter()
+    assert all(layer.offset > 1 and layer.first > 1 for layer in layers[1:])
+    x = torch.randn(5, 24, requires_grad=True)
+    want = layers(x)
+    wanted = torch.autograd.grad(want.sum(), (x, *model.adapter.parameters()))
+    for layer in layers:
+        layer.compile(backend=counter, dynamic=True)
+    got = layers(x)
+    torch.testing.assert_close(got, want)
+    for g, w in zip(torch.autograd.grad(got.sum(), (x, *model.adapter.parameters())), wanted):
+        torch.testing.assert_close(g, w)
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
