@@ -44,10 +44,10 @@ def fold(d):
 
 def rank_within(budget, d, lora_1):
     """The largest r with r (m + k) <= budget * lora_1, where lora_1 = Σ (p + q)."""
-    if (rank := math.floor(budget * lora_1 / sum(fold(d)))) < 1:
+    if not sum(fold(d)) <= budget * lora_1 < math.inf:
         raise ValueError(f"match_lora {budget:g} allows {budget * lora_1:.0f} parameters, "
                          f"rank 1 has {sum(fold(d))}")
-    return rank
+    return math.floor(budget * lora_1 / sum(fold(d)))
 
 
 def cut(rows, offset, shape):
@@ -152,8 +152,9 @@ def find(model, targets):
 
 def inject(model, targets, rank, alpha=None, dropout=0.0, *, sigma=0.02, match_lora=0.0):
     """
-    Freeze the model, wrap its targets in place, register their factors as model.adapter.
-    ValueError for an alpha or a dropout, a rank outside 1..k, a budget below rank 1, a bad target.
+    Freeze the model, wrap its targets in place, register their factors as model.adapter: a rank
+    that match_lora chose is len(model.adapter.lora_A). ValueError for an alpha or a dropout, a rank
+    outside 1..k, a budget below rank 1 or not finite, a bad target.
     """
     if alpha is not None or dropout:
         raise ValueError("GFA has no alpha (s = 1, Step 4) and no dropout (x meets W + Δ at once)")

@@ -180,6 +180,21 @@ def test_match_lora_is_the_largest_rank_in_the_budget():
         trainable("gfa", "RoBERTa-large", "query,value", 1, match_lora=0.1)
 
 
+@pytest.mark.parametrize("budget", [float("inf"), float("nan"), float("-inf"), -1.0])
+def test_a_budget_that_is_no_finite_positive_number_is_one_line_of_error_and_changes_nothing(budget):
+    model = Net()
+    with pytest.raises(ValueError, match=f"^match_lora {budget:g} allows .* parameters, rank 1 has 26$"):
+        gfa.inject(model, NAMES, 2, match_lora=budget)
+    assert all(type(layer) is nn.Linear and layer.weight.requires_grad for layer in model.layers)
+
+
+@pytest.mark.parametrize("budget, rank", [(0.0, 7), (1.0, 1), (2.0, 3)])
+def test_the_rank_that_match_lora_chose_is_read_off_the_adapter(budget, rank):
+    model = Net()                                   # Σ (p + q) = 50, m + k = 14 + 12
+    gfa.inject(model, NAMES, 7, match_lora=budget)
+    assert len(model.adapter.lora_A) == rank
+
+
 @pytest.mark.parametrize("n", [4, 9, 16])
 def test_eq_1_the_saving_is_root_n_for_equal_square_modules(n):
     lora_1 = n * 2 * 60
