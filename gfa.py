@@ -96,7 +96,7 @@ class GlobalFactors(nn.Identity):
     def __init__(self, d, rank, sigma, **new):
         super().__init__()
         m, k = fold(d)
-        if not 1 <= rank <= min(m, k):
+        if not 1 <= rank <= k:
             raise ValueError(f"rank {rank} for a global matrix of {m} x {k}, expected 1 to {k}")
         self.lora_B = nn.Parameter(torch.zeros(m, rank, **new))         # Step 3
         self.lora_A = nn.Parameter(torch.empty(rank, k, **new).normal_(0, sigma))

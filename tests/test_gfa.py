@@ -139,9 +139,33 @@ def test_init_b_is_zero_and_a_has_standard_deviation_sigma():
         gfa.merge(model)
 
 
-def test_the_scale_is_one_and_there_is_no_dropout():
+def test_sigma_is_0_02_where_none_is_given():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 512))
+    gfa.inject(model, ("0",), 64)
+    assert gfa.DEFAULTS["sigma"][0] == 0.02 and abs(model.adapter.lora_A.std().item() - 0.02) < 0.02 * 0.02
+
+
+@pytest.mark.parametrize("rank", [13, 14])
+def test_a_rank_is_at_most_k_and_a_refusal_changes_nothing(rank):
+    model = Net()                                   # M is 14 x 12
+    with pytest.raises(ValueError, match=f"rank {rank} for a global matrix of 14 x 12, expected 1 to 12"):
+        gfa.inject(model, NAMES, rank)
+    assert all(type(layer) is nn.Linear and layer.weight.requires_grad for layer in model.layers)
+    assert not hasattr(model, "adapter")
+    gfa.inject(model, NAMES, 12)
+
+
+def test_factors_lie_on_the_device_of_the_weights():
+    model = Net().to("meta")
+    gfa.inject(model, NAMES, 2)
+    assert model.adapter.lora_A.is_meta and model.adapter.lora_B.is_meta
+
+
+@pytest.mark.parametrize("alpha", [16, 1, 0])
+def test_the_scale_is_one_and_there_is_no_dropout(alpha):
     with pytest.raises(ValueError, match="no alpha"):
-        gfa.inject(Net(), NAMES, 2, alpha=16)
+        gfa.inject(Net(), NAMES, 2, alpha=alpha)
     with pytest.raises(ValueError, match="no dropout"):
         gfa.inject(Net(), NAMES, 2, dropout=0.1)
 
@@ -425,3 +449,12 @@ def test_twelve_layers_of_one_shape_compile_to_two_graphs():
         torch.testing.assert_close(g, w)
     assert counter.frame_count == 2
     torch._dynamo.reset()
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    """Autograd does not see into backward."""
+    _, model = injected()
+    x = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    dx, = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
