@@ -144,7 +144,7 @@ def expand(A, B, rows, columns, k):
 
 class CPSLinear(nn.Module):
     """
-    y = x (W + ΔW_1 + .. + ΔW_{t-1})ᵀ + bias + x̃ ΔW_tᵀ, x̃ = dropout(x), for x (..., i) -> (..., o).
+    y = x (W + ΔW_1 + .. + ΔW_{t-1})ᵀ + bias + x̃ ΔW_tᵀ, x̃ = dropout(x), x (..., i) -> (..., o).
     """
 
     def __init__(self, base, rank, dropout, k, strategy, reference):

@@ -44,10 +44,10 @@ def fold(d):
 
 def rank_within(budget, d, lora_1):
     """The largest r with r (m + k) <= budget * lora_1, where lora_1 = Σ (p + q)."""
-    if (rank := math.floor(budget * lora_1 / sum(fold(d)))) < 1:
+    if not sum(fold(d)) <= budget * lora_1 < math.inf:
         raise ValueError(f"match_lora {budget:g} allows {budget * lora_1:.0f} parameters, "
                          f"rank 1 has {sum(fold(d))}")
-    return rank
+    return math.floor(budget * lora_1 / sum(fold(d)))
 
 
 def cut(rows, offset, shape):
@@ -57,47 +57,49 @@ def cut(rows, offset, shape):
 
 class Product(torch.autograd.Function):
     """
-    x (..., q) -> x (W + Δ)ᵀ (..., p). Δ is cut from B A, the rows of M that this module meets.
-    Backward forms Δ anew: autograd keeps x, W, B (rows, r) and A (r, k), never Δ.
+    x (..., q) -> x (W + Δ)ᵀ + bias (..., p). Δ is cut from B A, the rows of M that this module
+    meets. Backward forms Δ anew: autograd keeps x, W, B (rows, r) and A (r, k), never Δ. W and bias
+    are frozen. Autocast narrows what is computed, not A: then W + Δ would lose Δ, as in bf16.
     """
 
     @staticmethod
-    def forward(ctx, x, W, B, A, offset):
+    def forward(ctx, x, W, bias, B, A, offset):
         ctx.save_for_backward(x, W, B, A)
         ctx.offset = offset
         delta = cut(B @ A, offset, W.shape)                             # Alg. 1, line 3
-        if W.dtype == delta.dtype:
-            return F.linear(x, W + delta)                               # Alg. 1, line 4
-        return F.linear(x, W) + F.linear(x, delta.to(x.dtype))          # bf16 W + Δ would lose Δ
+        if W.dtype == A.dtype == delta.dtype:
+            return F.linear(x, delta.add_(W), bias)                     # Alg. 1, line 4
+        return F.linear(x, W, bias) + F.linear(x, delta.to(x.dtype))    # bf16 W + Δ would lose Δ
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, W, B, A = ctx.saved_tensors
-        dx = None
+        dx, dM = None, A.new_empty(len(B), A.shape[1])      # one buffer: Δ, then its gradient
+        window, fused = cut(dM, ctx.offset, W.shape), dy.dtype == A.dtype
         if ctx.needs_input_grad[0]:
-            delta = cut(B @ A, ctx.offset, W.shape)
-            fused = W.dtype == delta.dtype
-            dx = dy @ (W + delta) if fused else dy @ W + dy @ delta.to(dy.dtype)
-        dM = A.new_zeros(len(B), A.shape[1])                    # stays 0 outside this module
-        dW = dy.reshape(-1, len(W)).T @ x.reshape(-1, W.shape[1])       # (p, q), the gradient of Δ
-        cut(dM, ctx.offset, W.shape).copy_(dW)
-        return dx, None, dM @ A.T, B.T @ dM, None
+            torch.mm(B, A, out=dM)                          # Δ in its window
+            dx = dy @ window.add_(W) if fused else dy @ W.to(dy.dtype) + dy @ window.to(dy.dtype)
+        flat = dM.flatten()                                 # 0 outside this module
+        flat[:ctx.offset] = flat[ctx.offset + W.numel():] = 0
+        dy, x = dy.reshape(-1, len(W)), x.reshape(-1, W.shape[1]).to(dy.dtype)
+        torch.mm(dy.T, x, out=window) if fused else window.copy_(dy.T @ x)      # (p, q)
+        return dx, None, None, dM @ A.T, B.T @ dM, None
 
 
-class GlobalFactors(nn.Module):
-    """The one pair that all modules share. The padding at M's end is in no module's slice."""
+class GlobalFactors(nn.Identity):
+    """
+    The one pair that all modules share. The padding at M's end is in no module's slice. An
+    Identity: an nn.Sequential that was injected calls all of its children.
+    """
 
     def __init__(self, d, rank, sigma, **new):
         super().__init__()
         m, k = fold(d)
-        if not 1 <= rank <= min(m, k):
+        if not 1 <= rank <= k:
             raise ValueError(f"rank {rank} for a global matrix of {m} x {k}, expected 1 to {k}")
         self.lora_B = nn.Parameter(torch.zeros(m, rank, **new))         # Step 3
         self.lora_A = nn.Parameter(torch.empty(rank, k, **new).normal_(0, sigma))
-
-    def forward(self, x):
-        return x        # an nn.Sequential that was injected calls all of its children
 
 
 class GFALinear(nn.Module):
@@ -110,17 +112,20 @@ class GFALinear(nn.Module):
         k = shared.lora_A.shape[1]
         self.first, self.offset = divmod(start, k)          # row and column of M where Δ begins
         self.last = -(-(start + base.weight.numel()) // k)  # the row after Δ's last
+        # As sizes, which are symbols to torch.compile: a module's integers are constants to it, and
+        # every layer would be compiled anew.
+        self.place = torch.empty(()).expand(self.first, self.last, self.offset)
 
     def rows(self):
-        return self.shared.lora_B[self.first:self.last], self.shared.lora_A
+        first, last, offset = self.place.shape
+        return self.shared.lora_B[first:last], self.shared.lora_A, offset
 
     def forward(self, x):
-        y = Product.apply(x, self.base.weight, *self.rows(), self.offset)
-        return y if self.base.bias is None else y + self.base.bias
+        return Product.apply(x, self.base.weight, self.base.bias, *self.rows())
 
     def delta(self):
-        B, A = self.rows()
-        return cut(B @ A, self.offset, self.base.weight.shape)          # (p, q)
+        B, A, offset = self.rows()
+        return cut(B @ A, offset, self.base.weight.shape)               # (p, q)
 
 
 def find(model, targets):
@@ -147,9 +152,9 @@ def find(model, targets):
 
 def inject(model, targets, rank, alpha=None, dropout=0.0, *, sigma=0.02, match_lora=0.0):
     """
-    Freeze the model, wrap its targets in place, register their factors as model.adapter.
-    ValueError for an alpha or a dropout, a rank outside 1..k, a budget below rank 1, a bad target
-    or sigma.
+    Freeze the model, wrap its targets in place, register their factors as model.adapter: a rank
+    that match_lora chose is len(model.adapter.lora_A). ValueError for an alpha or a dropout, a rank
+    outside 1..k, a budget below rank 1 or not finite, a bad target or sigma.
     """
     if alpha is not None or dropout:
         raise ValueError("GFA has no alpha (s = 1, Step 4) and no dropout (x meets W + Δ at once)")

@@ -14,6 +14,7 @@ TARGETS = ("q_proj", "v_proj", "down_proj")
 MODELS = ("LLaMA2-7B", "LLaMA2-13B", "LLaMA3-8B", "Qwen2.5-1.5B")
 dora, pissa, milora, rosa, rasa, mora, denselora, spiel = map(checkpoint.load_method, (
     "dora", "pissa", "milora", "rosa", "rasa", "mora", "denselora", "spiel"))
+full = checkpoint.load_method("full")
 
 
 def llama():
@@ -488,3 +489,25 @@ def test_spiels_budget_and_bad_settings():
             (dict(accumulation_steps=20), "accumulation_steps 20, expected 1 to reselection_steps - 1 = 19")):
         with pytest.raises(ValueError, match=message):
             linear(spiel, **own)
+
+
+# ------------------------------------------------------------------------------------ full
+
+@pytest.mark.parametrize("bad", ["k_proj", "proj", "norm", "layers.0"])
+def test_full_refuses_a_target_that_matches_no_linear_and_leaves_the_model_as_it_was(bad):
+    """What is no linear layer, a part of a name or a whole block: none is a target of the other methods."""
+    model = nn.ModuleDict(dict(q_proj=nn.Linear(4, 4), norm=nn.LayerNorm(4), layers=nn.ModuleList(
+        [nn.Sequential(nn.Linear(4, 4))]))).to(torch.bfloat16).requires_grad_(False)
+    with pytest.raises(ValueError, match=f"^target '{bad}' matches no nn.Linear of the model$"):
+        full.inject(model, ("q_proj", bad), 4)
+    assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.bfloat16, False)}
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("layers.0.0", "q_proj")])
+def test_full_trains_everything_in_fp32_whatever_its_targets(targets):
+    model = nn.ModuleDict(dict(q_proj=nn.Linear(4, 4), norm=nn.LayerNorm(4), layers=nn.ModuleList(
+        [nn.Sequential(nn.Linear(4, 4))]))).to(torch.bfloat16).requires_grad_(False)
+    model["layers"][0][0].weight = model["q_proj"].weight       # tied: both are the weight that trains
+    full.inject(model, targets, 4)
+    assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, True)}
+    assert model["layers"][0][0].weight is model["q_proj"].weight

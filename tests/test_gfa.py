@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import trainable
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gfa
@@ -74,7 +76,7 @@ def test_gradcheck(offset):
     new = dict(dtype=torch.float64, requires_grad=True)
     x, B, A = torch.randn(2, 3, 4, **new), torch.randn(4, 2, **new), torch.randn(2, 6, **new)
     W = torch.randn(4, 4, dtype=torch.float64)
-    product = lambda x, B, A: gfa.Product.apply(x, W, B, A, offset)
+    product = lambda x, B, A: gfa.Product.apply(x, W, None, B, A, offset)
     assert torch.autograd.gradcheck(product, (x, B, A), nondet_tol=1e-12)
 
 
@@ -138,9 +140,33 @@ def test_init_b_is_zero_and_a_has_standard_deviation_sigma():
         gfa.merge(model)
 
 
-def test_the_scale_is_one_and_there_is_no_dropout():
+def test_sigma_is_0_02_where_none_is_given():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 512))
+    gfa.inject(model, ("0",), 64)
+    assert gfa.DEFAULTS["sigma"][0] == 0.02 and abs(model.adapter.lora_A.std().item() - 0.02) < 0.02 * 0.02
+
+
+@pytest.mark.parametrize("rank", [13, 14])
+def test_a_rank_is_at_most_k_and_a_refusal_changes_nothing(rank):
+    model = Net()                                   # M is 14 x 12
+    with pytest.raises(ValueError, match=f"rank {rank} for a global matrix of 14 x 12, expected 1 to 12"):
+        gfa.inject(model, NAMES, rank)
+    assert all(type(layer) is nn.Linear and layer.weight.requires_grad for layer in model.layers)
+    assert not hasattr(model, "adapter")
+    gfa.inject(model, NAMES, 12)
+
+
+def test_factors_lie_on_the_device_of_the_weights():
+    model = Net().to("meta")
+    gfa.inject(model, NAMES, 2)
+    assert model.adapter.lora_A.is_meta and model.adapter.lora_B.is_meta
+
+
+@pytest.mark.parametrize("alpha", [16, 1, 0])
+def test_the_scale_is_one_and_there_is_no_dropout(alpha):
     with pytest.raises(ValueError, match="no alpha"):
-        gfa.inject(Net(), NAMES, 2, alpha=16)
+        gfa.inject(Net(), NAMES, 2, alpha=alpha)
     with pytest.raises(ValueError, match="no dropout"):
         gfa.inject(Net(), NAMES, 2, dropout=0.1)
 
@@ -177,6 +203,21 @@ def test_match_lora_is_the_largest_rank_in_the_budget():
     assert gfa.rank_within(2.0, 16, 4) == 1 and gfa.rank_within(4.0, 16, 4) == 2      # an exact fit counts
     with pytest.raises(ValueError, match="match_lora 0.1 allows 9830 parameters, rank 1 has 14189"):
         trainable("gfa", "RoBERTa-large", "query,value", 1, match_lora=0.1)
+
+
+@pytest.mark.parametrize("budget", [float("inf"), float("nan"), float("-inf"), -1.0])
+def test_a_budget_that_is_no_finite_positive_number_is_one_line_of_error_and_changes_nothing(budget):
+    model = Net()
+    with pytest.raises(ValueError, match=f"^match_lora {budget:g} allows .* parameters, rank 1 has 26$"):
+        gfa.inject(model, NAMES, 2, match_lora=budget)
+    assert all(type(layer) is nn.Linear and layer.weight.requires_grad for layer in model.layers)
+
+
+@pytest.mark.parametrize("budget, rank", [(0.0, 7), (1.0, 1), (2.0, 3)])
+def test_the_rank_that_match_lora_chose_is_read_off_the_adapter(budget, rank):
+    model = Net()                                   # Σ (p + q) = 50, m + k = 14 + 12
+    gfa.inject(model, NAMES, 7, match_lora=budget)
+    assert len(model.adapter.lora_A) == rank
 
 
 @pytest.mark.parametrize("n", [4, 9, 16])
@@ -287,5 +328,134 @@ def test_a_bf16_base_does_not_round_the_update_away():
     exact.backward(dy.double())
     assert error(model.adapter.lora_B.grad, B.grad) < 0.01 and error(model.adapter.lora_A.grad, A.grad) < 0.01
     z = x.clone().requires_grad_()                      # the update's own part of dx
-    gfa.Product.apply(z, torch.zeros_like(W), *model[0].rows(), 0).backward(dy)
+    gfa.Product.apply(z, torch.zeros_like(W), None, *model[0].rows()).backward(dy)
     assert error(z.grad, (dy.double() @ gfa.cut(B @ A, 0, W.shape)).detach()) < 0.02
+
+
+# ---------------------------------------------------------------------- one buffer, bf16, autocast
+
+class Allocations(TorchDispatchMode):
+    """The distinct storages of at least `size` entries that operations return, those in `known` left out."""
+
+    def __init__(self, size, known):
+        super().__init__()
+        self.size, self.known, self.held = size, {t.untyped_storage().data_ptr() for t in known}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() >= self.size:
+            self.held.append(out)               # held, so that no address is used twice
+        return out
+
+    def count(self):
+        return len({t.untyped_storage().data_ptr() for t in self.held} - self.known)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_direction_allocates_one_buffer_as_large_as_a_weight(dtype):
+    model = nn.Sequential(nn.Linear(48, 40)).to(dtype)
+    gfa.inject(model, ("0",), 2)
+    x = torch.randn(5, 48, dtype=dtype, requires_grad=True)
+    with Allocations(48 * 40, model.state_dict().values()) as forward:
+        y = model(x)
+    with Allocations(48 * 40, model.state_dict().values()) as backward:
+        y.backward(torch.randn(5, 40, dtype=dtype))
+    assert (forward.count(), backward.count()) == (1, 1)
+
+
+def test_the_buffer_is_0_outside_a_module_that_needs_no_input_gradient():
+    """Its entries are never computed there; deterministic torch fills what is not written with NaN."""
+    base, model = injected()
+    B, A = (model.adapter.get_parameter(n).detach().clone().requires_grad_() for n in ("lora_B", "lora_A"))
+    assert model.layers[0].last * A.shape[1] > base.layers[0].weight.numel()        # a tail
+    assert model.layers[-1].offset > 0                                              # a head
+    x, dy = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    z, dz = torch.randn(6, 7, dtype=torch.float64), torch.randn(6, 10, dtype=torch.float64)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        model.layers[0](z).backward(dz)
+        model.layers[-1](x).backward(dy)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    vec = (B @ A).flatten()
+    ((z @ vec[:70].view(10, 7).T * dz).sum() + (x @ vec[145:160].view(3, 5).T * dy).sum()).backward()
+    torch.testing.assert_close(model.adapter.lora_B.grad, B.grad)
+    torch.testing.assert_close(model.adapter.lora_A.grad, A.grad)
+
+
+def test_at_init_a_bf16_layer_with_bias_is_its_linear_to_the_last_bit():
+    """In whole numbers every order of a sum gives the same; a second rounding, before the bias, shows."""
+    torch.manual_seed(0)
+    base = nn.Linear(64, 48).to(torch.bfloat16)
+    with torch.no_grad():
+        for p in base.parameters():
+            p.copy_(torch.randint(-9, 10, p.shape))
+        base.bias *= 5
+    model = nn.Sequential(copy.deepcopy(base))
+    gfa.inject(model, ("0",), 2)
+    x = torch.randint(-9, 10, (100, 64)).to(torch.bfloat16)
+    assert torch.equal(model(x), base(x))
+
+
+@pytest.mark.parametrize("dtype, autocast", [(torch.bfloat16, ""), (torch.bfloat16, "forward"),
+                                             (torch.float32, "forward"), (torch.float32, "both")])
+def test_bf16_and_autocast_keep_a_small_update_in_each_direction(dtype, autocast):
+    """
+    An update of 1e-3 of W's scale. W = [[V, V], [V, V]] in whole numbers: of [z, -z] and of [d, -d] its own
+    part is 0, exactly, and Δ's is all that is left. Of another dy, W's is nearly all.
+    """
+    torch.manual_seed(0)
+    whole = lambda *shape: torch.randint(-4, 5, shape).to(dtype)
+    V, z, d = whole(32, 64), whole(24, 64), whole(24, 32)
+    model = nn.Sequential(nn.Linear(128, 64, bias=False)).to(dtype)
+    model[0].weight.data = W = V.repeat(2, 2)
+    gfa.inject(model, ("0",), 4)
+    with torch.no_grad():
+        model.adapter.lora_B.normal_()
+        model.adapter.lora_B *= 3e-3 / model[0].delta().std()
+    x = torch.cat([z, -z], 1).requires_grad_()
+    for dy in (torch.cat([d, -d], 1), whole(24, 64)):
+        B, A, t = (v.detach().double().requires_grad_()
+                   for v in (model.adapter.lora_B, model.adapter.lora_A, x))
+        want = t @ (W.double() + gfa.cut(B @ A, 0, W.shape)).T
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(autocast)):
+            y = model(x)
+        assert y.dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast == "both"):
+            got = torch.autograd.grad(y, (x, model.adapter.lora_B, model.adapter.lora_A), dy.to(y.dtype))
+        exact = torch.autograd.grad(want, (t, B, A), dy.double())
+        assert [g.dtype for g in got] == [dtype, torch.float32, torch.float32]
+        for one, other in zip((y, *got), (want, *exact)):       # 2^-9 a rounding; W + Δ in bf16 has > 0.5
+            assert (one.double() - other).norm() < 0.03 * other.norm()
+
+
+def test_twelve_layers_of_one_shape_compile_to_two_graphs():
+    """One for the first, which begins at 0, and one for all others: dynamo takes only sizes 0 and 1 apart."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(12)))
+    gfa.inject(model, tuple(map(str, range(12))), 2)
+    nn.init.normal_(model.adapter.lora_B)
+    layers, counter = model[:12], CompileCounter()
+    assert all(layer.offset > 1 and layer.first > 1 for layer in layers[1:])
+    x = torch.randn(5, 24, requires_grad=True)
+    want = layers(x)
+    wanted = torch.autograd.grad(want.sum(), (x, *model.adapter.parameters()))
+    for layer in layers:
+        layer.compile(backend=counter, dynamic=True)
+    got = layers(x)
+    torch.testing.assert_close(got, want)
+    for g, w in zip(torch.autograd.grad(got.sum(), (x, *model.adapter.parameters())), wanted):
+        torch.testing.assert_close(g, w)
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    """Autograd does not see into backward."""
+    _, model = injected()
+    x = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    dx, = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
