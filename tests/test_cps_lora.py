@@ -22,7 +22,7 @@ def low_rank(m, n, R, seed=0):
     return torch.randn(m, R).double(), torch.randn(n, R).double()
 
 
-# ------------------------------------------------------------------------------------ App. E: cosine
+# ---------------------------------------------------------------------- App. E: cosine
 
 @pytest.mark.parametrize("reference", ["longest", "mean", "first"])
 @pytest.mark.parametrize("absolute", [False, True])
@@ -44,7 +44,7 @@ def test_a_row_of_zeros_is_like_none():
     assert cps.cosine_order(P, Q).tolist().index(3) == below > 0
 
 
-# ------------------------------------------------------------------------------------ Eqs. 2, 3: spectral
+# ---------------------------------------------------------------------- Eqs. 2, 3: spectral
 
 @pytest.mark.parametrize("m, n, R, d", [(40, 30, 5, 1), (30, 50, 4, 3), (9, 8, 8, 2)])
 def test_the_spectral_embedding_is_that_of_the_dense_matrix(m, n, R, d):
@@ -53,7 +53,8 @@ def test_the_spectral_embedding_is_that_of_the_dense_matrix(m, n, R, d):
     shifted = dense - dense.min()                                   # P of §3.3, the offset included
     S = shifted / np.sqrt(shifted.sum(1))[:, None] / np.sqrt(shifted.sum(0))[None]      # Eq. 2
     U, sigma, Vt = np.linalg.svd(S)                                 # Eq. 3
-    assert sigma[0] == pytest.approx(1) and abs(abs(U[:, 0] @ np.sqrt(shifted.sum(1) / shifted.sum())) - 1) < 1e-9
+    assert sigma[0] == pytest.approx(1)
+    assert abs(abs(U[:, 0] @ np.sqrt(shifted.sum(1) / shifted.sum())) - 1) < 1e-9
     u, v = (x.numpy() for x in cps.spectral_embedding(P, Q, d))
     assert u.shape == (m, d) and v.shape == (n, d)
     for c in range(d):
@@ -62,9 +63,10 @@ def test_the_spectral_embedding_is_that_of_the_dense_matrix(m, n, R, d):
         np.testing.assert_allclose(sign * v[:, c], Vt[c + 1], atol=1e-9)
 
 
-# ------------------------------------------------------------------------------------ cutting, k-means
+# ---------------------------------------------------------------------- cutting, k-means
 
-@pytest.mark.parametrize("m, k, sizes", [(8, 2, [4, 4]), (10, 3, [4, 3, 3]), (5, 5, [1] * 5), (7, 1, [7]), (11, 4, [3, 3, 3, 2])])
+@pytest.mark.parametrize("m, k, sizes", [(8, 2, [4, 4]), (10, 3, [4, 3, 3]), (5, 5, [1] * 5), (7, 1, [7]),
+                                         (11, 4, [3, 3, 3, 2])])
 def test_a_balanced_cut_follows_the_order_in_equal_parts(m, k, sizes):
     torch.manual_seed(0)
     order = torch.randperm(m)
@@ -79,7 +81,7 @@ def test_kmeans_finds_separate_groups_and_a_lloyd_fixed_point():
     X = torch.randn(60, 2).double() * 0.1 + torch.tensor([[0.0, 0], [5, 0], [0, 5]]).double()[truth]
     found = cps.kmeans(X, 3)
     assert all(len(found[truth == c].unique()) == 1 for c in range(3)) and len(found.unique()) == 3
-    for seed in range(3):                       # also where the groups are not separate, and seeds are not enough
+    for seed in range(3):           # also where the groups are not separate, and seeds are not enough
         torch.manual_seed(seed)
         X = torch.randn(60, 2).double()
         found = cps.kmeans(X, 3)
@@ -96,7 +98,7 @@ def test_kmeans_leaves_no_cluster_empty(seed):
     assert cps.kmeans(torch.randn(4, 2).double(), 4).unique().numel() == 4      # one-row clusters
 
 
-# ------------------------------------------------------------------------------------ what the strategies find
+# ---------------------------------------------------------------------- what the strategies find
 
 def checkerboard(n=64, seed=0):
     """Blocks of different mean plus noise, rank 4 in all, rows and columns shuffled; and the truth."""
@@ -108,7 +110,8 @@ def checkerboard(n=64, seed=0):
     return torch.cat((left, noise[0]), 1), torch.cat((right, noise[1]), 1), rows, columns
 
 
-@pytest.mark.parametrize("strategy", ["cosine", "spectral", "spectral-balance1", "spectral-balance2", "abs-cosine"])
+@pytest.mark.parametrize("strategy", ["cosine", "spectral", "spectral-balance1", "spectral-balance2",
+                                      "abs-cosine"])
 def test_a_planted_checkerboard_of_block_means_is_recovered(strategy):
     for seed in range(3):
         P, Q, rows, columns = checkerboard(seed=seed)
@@ -123,16 +126,20 @@ def test_random_does_not_recover_it():
 
 
 def orthogonal_blocks(n=64, r=4, seed=0):
-    """Proposition 2's update: four blocks of rank r in mutually orthogonal subspaces, dense, and its A_i, B_i."""
+    """Proposition 2's update, four blocks of rank r in mutually orthogonal subspaces: dense, its A_i, B_i."""
     torch.manual_seed(seed)
     A = torch.linalg.qr(torch.randn(n // 2, 4 * r).double())[0].split(r, 1)
     B = torch.linalg.qr(torch.randn(n // 2, 4 * r).double())[0].split(r, 1)
-    dense = torch.cat([torch.cat([A[0] @ B[0].T, A[2] @ B[2].T], 1), torch.cat([A[1] @ B[1].T, A[3] @ B[3].T], 1)])
+    dense = torch.cat([torch.cat([A[0] @ B[0].T, A[2] @ B[2].T], 1),
+                       torch.cat([A[1] @ B[1].T, A[3] @ B[3].T], 1)])
     return dense, A, B
 
 
 def test_zero_mean_orthogonal_blocks_are_found_by_abs_cosine_alone():
-    """Rank-1 blocks: two rows of one block row are parallel or opposite, of different ones orthogonal (Prop. 2's form)."""
+    """
+    Rank-1 blocks: two rows of one block row are parallel or opposite, of different ones orthogonal (Prop.
+    2's form).
+    """
     scores = {strategy: [] for strategy in cps.STRATEGIES if strategy != "none"}
     for seed in range(8):
         torch.manual_seed(seed)
@@ -140,24 +147,26 @@ def test_zero_mean_orthogonal_blocks_are_found_by_abs_cosine_alone():
         A = torch.linalg.qr(torch.randn(n // 2, 4).double())[0]
         B = torch.linalg.qr(torch.randn(n // 2, 4).double())[0]
         zero = torch.zeros(n // 2).double()
-        P = torch.stack([torch.cat((A[:, 0], zero)), torch.cat((zero, A[:, 1])), torch.cat((A[:, 0], zero)), torch.cat((zero, A[:, 1]))], 1)
-        Q = torch.stack([torch.cat((B[:, 0], zero)), torch.cat((B[:, 1], zero)), torch.cat((zero, B[:, 2])), torch.cat((zero, B[:, 3]))], 1)
+        P = torch.stack([torch.cat((A[:, 0], zero)), torch.cat((zero, A[:, 1]))] * 2, 1)
+        Q = torch.stack([torch.cat((B[:, 0], zero)), torch.cat((B[:, 1], zero)),
+                         torch.cat((zero, B[:, 2])), torch.cat((zero, B[:, 3]))], 1)
         shuffle = torch.randperm(n)
         truth = (torch.arange(n) >= n // 2).long()[shuffle]
         for strategy, found in scores.items():
             found.append(agreement(cps.cluster(P[shuffle], Q, 2, strategy)[0], truth))
     assert np.mean(scores["abs-cosine"]) == 1.0
-    assert all(np.mean(found) < 0.85 for strategy, found in scores.items() if strategy != "abs-cosine"), scores
+    assert all(np.mean(found) < 0.85 for name, found in scores.items() if name != "abs-cosine"), scores
 
 
 def test_skewed_clusters_fall_back_to_a_balanced_cut():
     P, Q, _, _ = checkerboard()
-    P[:, :2] = torch.tensor([[2.0, 0.5], [0.3, 1.5]]).double()[(torch.arange(64) < 4).long()]      # 60 rows alike, 4 others
+    few = (torch.arange(64) < 4).long()                         # 60 rows alike, 4 others
+    P[:, :2] = torch.tensor([[2.0, 0.5], [0.3, 1.5]]).double()[few]
     skewed = cps.cluster(P, Q, 2, "spectral")[0].bincount(minlength=2)
     assert skewed.min() < 16
-    order = cps.spectral_embedding(P, Q, 1)[0][:, 0].argsort()
-    assert torch.equal(cps.cluster(P, Q, 2, "spectral-balance1")[0], cps.balanced_cut(order, 2))                # Eq. 4
-    assert torch.equal(cps.cluster(P, Q, 2, "spectral-balance2")[0], cps.balanced_cut(cps.cosine_order(P, Q), 2))
+    by_vector, by_cosine = cps.spectral_embedding(P, Q, 1)[0][:, 0].argsort(), cps.cosine_order(P, Q)
+    for strategy, order in (("spectral-balance1", by_vector), ("spectral-balance2", by_cosine)):       # Eq. 4
+        assert torch.equal(cps.cluster(P, Q, 2, strategy)[0], cps.balanced_cut(order, 2))
 
 
 def test_a_stage_without_an_update_falls_back_to_a_random_partition_and_says_so():
@@ -173,7 +182,7 @@ def test_a_stage_without_an_update_falls_back_to_a_random_partition_and_says_so(
     assert model(torch.randn(3, 12)).isfinite().all()
 
 
-# ------------------------------------------------------------------------------------ the layer: Eqs. 5 - 11
+# ---------------------------------------------------------------------- the layer: Eqs. 5 - 11
 
 def layer(k=2, rank=6, rows=None, columns=None, i=14, o=10):
     torch.manual_seed(0)
@@ -185,12 +194,13 @@ def layer(k=2, rank=6, rows=None, columns=None, i=14, o=10):
     return ours
 
 
-UNEQUAL = dict(rows=[0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1], columns=[1, 0, 0, 0, 0, 0, 0, 0, 0, 0])     # 3 + 11, 9 + 1
+UNEQUAL = dict(rows=[0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1],         # 3 + 11
+               columns=[1, 0, 0, 0, 0, 0, 0, 0, 0, 0])                  # 9 + 1
 
 
 @pytest.mark.parametrize("sizes", [{}, UNEQUAL])
 def test_eq_8_by_loops_with_the_permutations_as_printed(sizes):
-    """x' = x[:, π_r], y'_j = Σ_i x'[I_i] (G_l + A_l B_l), y = y'[:, π_c⁻¹], also for unequal clusters (App. D)."""
+    """x' = x[:, π_r], y'_j = Σ_i x'[I_i] (G_l + A_l B_l), y = y'[:, π_c⁻¹]; App. D: unequal clusters."""
     ours, x, k, p = layer(**sizes), torch.randn(5, 14).double(), 2, 3
     W = ours.base.weight.T                                                      # the paper's W (m in, n out)
     pi_r, pi_c = ours.lora_rows.argsort(stable=True), ours.lora_columns.argsort(stable=True)
@@ -206,12 +216,12 @@ def test_eq_8_by_loops_with_the_permutations_as_printed(sizes):
             y_[:, J == j] += x_[:, I == i] @ (G + A_l @ B_l)                    # Eq. 8
     y = y_[:, pi_c.argsort()] + ours.base.bias                                  # Eq. 9
     torch.testing.assert_close(ours(x), y)
-    torch.testing.assert_close(ours.delta().T, torch.linalg.lstsq(torch.eye(14).double(), ours(torch.eye(14).double())
-                                                                  - ours.base(torch.eye(14).double())).solution)
+    eye = torch.eye(14).double()
+    torch.testing.assert_close(ours.delta().T, torch.linalg.lstsq(eye, ours(eye) - ours.base(eye)).solution)
 
 
 def test_contiguous_clusters_are_gralora():
-    """The two files differ in where the blocks are: with contiguous clusters and α = r they are one method."""
+    """The two files differ in where the blocks are: with contiguous clusters and α = r they are one."""
     ours = layer(k=2, rank=6, i=16, o=12)
     ours.lora_rows.copy_(gralora.contiguous(16, 2))
     ours.lora_columns.copy_(gralora.contiguous(12, 2))
@@ -227,7 +237,8 @@ def test_the_first_partition_is_random_and_balanced():
     torch.manual_seed(0)
     a, b = (cps.CPSLinear(nn.Linear(40, 30), 4, 0.0, 2, "cosine", "longest") for _ in range(2))
     for one in (a, b):
-        assert one.lora_rows.bincount().tolist() == [20, 20] and one.lora_columns.bincount().tolist() == [15, 15]
+        assert one.lora_rows.bincount().tolist() == [20, 20]
+        assert one.lora_columns.bincount().tolist() == [15, 15]
     assert not torch.equal(a.lora_rows, b.lora_rows)
 
 
@@ -244,9 +255,10 @@ def test_the_parameter_count_is_loras_whatever_k():
     assert {trainable("cps_lora", "LLaMA3-8B", "attention", 8, k=k) for k in (1, 2, 4)} == {6_815_744}
 
 
-@pytest.mark.parametrize("own, message", [(dict(k=4), "k 4 for 0, expected a divisor of rank 6"), (dict(k=0), "k 0 for 0"),
-                                          (dict(strategy="x"), "strategy 'x', expected one of cosine"),
-                                          (dict(reference="x"), "reference 'x', expected one of longest")])
+@pytest.mark.parametrize("own, message", [
+    (dict(k=4), "k 4 for 0, expected a divisor of rank 6"), (dict(k=0), "k 0 for 0"),
+    (dict(strategy="x"), "strategy 'x', expected one of cosine"),
+    (dict(reference="x"), "reference 'x', expected one of longest")])
 def test_bad_settings(own, message):
     with pytest.raises(ValueError, match=message):
         cps.inject(nn.Sequential(nn.Linear(20, 24)), ("0",), 6, **own)
@@ -254,7 +266,7 @@ def test_bad_settings(own, message):
         cps.inject(nn.Sequential(nn.Linear(20, 24)), ("0",), 6, alpha=12)
 
 
-# ------------------------------------------------------------------------------------ stages: Alg. 1
+# ---------------------------------------------------------------------- stages: Alg. 1
 
 def trained(strategy="cosine", stages=1, reference="longest"):
     torch.manual_seed(0)
@@ -344,7 +356,7 @@ def test_every_strategy_leaves_the_function_and_partitions_everything(strategy):
         assert model[0].lora_rows.unique().tolist() == model[0].lora_columns.unique().tolist() == [0, 1]
 
 
-# ------------------------------------------------------------------------------------ §3.2, App. A - D
+# ---------------------------------------------------------------------- §3.2, App. A - D
 
 def rank(M):
     return torch.linalg.matrix_rank(M).item()
@@ -357,16 +369,21 @@ def test_propositions_1_and_2_the_same_parameters_reach_twice_the_rank():
     local = sum(a.numel() + b.numel() for a, b in zip(A, B))
     torch.manual_seed(0)
     left, right = torch.randn(n, 2 * r).double(), torch.randn(2 * r, n).double()
-    assert local == left.numel() + right.numel() == 4 * n * r and rank(left @ right) == 2 * r       # Prop. 1, Comment 1
+    assert local == left.numel() + right.numel() == 4 * n * r
+    assert rank(left @ right) == 2 * r                                          # Prop. 1, Comment 1
 
 
 def test_our_layer_reaches_proposition_2s_rank():
-    assert rank(layer(k=2, rank=4, i=40, o=48).delta()) == 8                    # 2 r, where LoRA of equal size has r
+    assert rank(layer(k=2, rank=4, i=40, o=48).delta()) == 8            # 2 r, where LoRA of equal size has r
 
 
-@pytest.mark.parametrize("shared, lost", [("A1 A3", True), ("B1 B2", True), ("A1 A2", False), ("B1 B3", False)])
+@pytest.mark.parametrize("shared, lost",
+                         [("A1 A3", True), ("B1 B2", True), ("A1 A2", False), ("B1 B3", False)])
 def test_appendix_c_what_side_by_side_or_stacked_blocks_share_is_lost(shared, lost):
-    """[[A1 B1, A3 B3], [A2 B2, A4 B4]]: A1, A3 lie side by side, B1, B2 stand on each other; A1, A2 share nothing there."""
+    """
+    [[A1 B1, A3 B3], [A2 B2, A4 B4]]: A1, A3 lie side by side, B1, B2 stand on each other; A1, A2 share
+    nothing there.
+    """
     n, r, s = 64, 4, 2
     _, A, B = orthogonal_blocks(n, r)
     blocks = {f"{name}{j + 1}": list_[j].clone() for name, list_ in (("A", A), ("B", B)) for j in range(4)}
@@ -384,11 +401,11 @@ def test_appendix_d_ranks_add_up_for_blocks_of_any_size():
                                   for b, n in enumerate(sizes_n)], 1) for a, m in enumerate(sizes_m)])
     assert rank(dense) == 1 + 4 + 2 + 3
     ours = layer(k=2, rank=4, **UNEQUAL).delta()        # ours: 3 + 11 rows, 9 + 1 columns, blocks of rank 2
-    assert rank(ours) == 2 + 2 + 1                      # the two blocks of the one-column cluster share its one dimension
+    assert rank(ours) == 2 + 2 + 1          # the two blocks of the one-column cluster share its one dimension
 
 
 def test_figure_6_half_the_parameters_for_the_same_error():
-    """n = 256 and r = 16: four orthogonal blocks of rank r. Locally 4 n r parameters, globally 8 n r, for error 0."""
+    """Four orthogonal blocks of rank r: locally 4 n r parameters, globally 8 n r, for error 0."""
     n, r = 256, 16
     dense, A, B = orthogonal_blocks(n, r)
     error = lambda X: (dense - X).norm().item() / dense.norm().item()

@@ -48,7 +48,8 @@ def naive(base, B, A, x):
     return x
 
 
-@pytest.mark.parametrize("d, m, k", [(1, 1, 1), (16, 4, 4), (17, 5, 4), (20, 5, 4), (24, 6, 4), (25, 5, 5), (10**10 + 1, 10**5 + 1, 10**5)])
+@pytest.mark.parametrize("d, m, k", [(1, 1, 1), (16, 4, 4), (17, 5, 4), (20, 5, 4), (24, 6, 4), (25, 5, 5),
+                                     (10**10 + 1, 10**5 + 1, 10**5)])
 def test_step_2_k_is_the_root_of_d_and_m_what_it_takes(d, m, k):
     assert gfa.fold(d) == (m, k) and m * k - d <= k - 1
 
@@ -81,7 +82,8 @@ def test_step_4_slices_are_disjoint_and_cover_the_vector_in_order():
     d = sum(layer.weight.numel() for layer in base.layers)
     m, k = gfa.fold(d)
     M = torch.arange(m * k).view(m, k)
-    cuts = [gfa.cut(M[layer.first:layer.last], layer.offset, layer.base.weight.shape) for layer in model.layers]
+    cuts = [gfa.cut(M[layer.first:layer.last], layer.offset, layer.base.weight.shape)
+            for layer in model.layers]
     assert torch.cat([c.flatten() for c in cuts]).tolist() == list(range(d))
     backwards = copy.deepcopy(base)                 # the order is the model's, not that of the targets
     gfa.inject(backwards, NAMES[::-1], 3)
@@ -129,8 +131,9 @@ def test_init_b_is_zero_and_a_has_standard_deviation_sigma():
     for sigma in (0.02, 0.5):
         gfa.inject(model, ("0",), 64, sigma=sigma)
         assert not model.adapter.lora_B.any()
-        assert abs((model.adapter.lora_A / sigma).pow(4).mean().item() - 3) < 0.2       # normal; uniform has 1.8
-        assert abs(model.adapter.lora_A.std().item() / sigma - 1) < 0.02 and abs(model.adapter.lora_A.mean()) < sigma / 50
+        A = model.adapter.lora_A / sigma
+        assert abs(A.pow(4).mean().item() - 3) < 0.2                # normal; uniform has 1.8
+        assert abs(A.std().item() - 1) < 0.02 and abs(A.mean()) < 1 / 50
         gfa.merge(model)
 
 
@@ -149,9 +152,10 @@ def test_one_registered_owner():
     assert all(layer.shared is other.adapter for other in [copy.deepcopy(model)] for layer in other.layers)
 
 
-# ------------------------------------------------------------------------------------ parameter counts
+# ---------------------------------------------------------------------- parameter counts
 
-COUNTS = [("RoBERTa-large", "query,value", 14_189, 98_304, 6.93), ("Qwen2.5-3B", "q_proj,v_proj", 26_067, 230_400, 8.84),
+COUNTS = [("RoBERTa-large", "query,value", 14_189, 98_304, 6.93),
+          ("Qwen2.5-3B", "q_proj,v_proj", 26_067, 230_400, 8.84),
           ("LLaMA-3.2-3B", "q_proj,v_proj", 37_541, 286_720, 7.64)]
 
 
@@ -180,7 +184,7 @@ def test_eq_1_the_saving_is_root_n_for_equal_square_modules(n):
     assert lora_1 / sum(gfa.fold(n * 60 * 60)) == pytest.approx(n ** 0.5)
 
 
-# ------------------------------------------------------------------------------------ incomparability (§2, §3)
+# ---------------------------------------------------------------------- incomparability (§2, §3)
 
 def rank(W):
     return torch.linalg.matrix_rank(W.detach()).item()
@@ -202,7 +206,7 @@ def test_a_single_row_can_hold_a_whole_full_rank_module():
 
 
 def test_at_realistic_sizes_shifted_windows_reach_full_local_rank():
-    """No row holds a module (p q > k); its rows of M wrap at another width than its own, and that is enough."""
+    """No row holds a module (p q > k); its rows of M wrap at another width than its own: that is enough."""
     _, model = injected(rank=1, shapes=((64, 64),) * 48)
     assert gfa.fold(48 * 4096)[1] == 443 < 4096
     assert [rank(layer.delta()) for layer in model.layers] == [64] * 48
@@ -210,7 +214,7 @@ def test_at_realistic_sizes_shifted_windows_reach_full_local_rank():
 
 
 def test_where_k_is_a_multiple_of_the_width_the_local_rank_stays_low():
-    """Four square modules: k = 2 q, so a row of M is two rows of a module, and rank 1 becomes rank 2 at the most."""
+    """Four square modules: k = 2 q, so a row of M is two rows of a module: rank 1 becomes rank 2 at most."""
     _, model = injected(rank=1, shapes=((64, 64),) * 4)
     assert gfa.fold(4 * 4096) == (128, 128)
     assert [rank(layer.delta()) for layer in model.layers] == [2] * 4
@@ -226,7 +230,7 @@ def test_rank_one_modules_can_be_high_rank_after_global_reshaping():
     assert all(rank(d) == 1 for d in deltas) and rank(M) > 40
 
 
-# ------------------------------------------------------------------------------------ cost and precision
+# ---------------------------------------------------------------------- cost and precision
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_as_large_as_a_weight_is_kept_for_backward(dtype):
@@ -259,7 +263,10 @@ def test_the_first_layer_pays_for_no_input_gradient():
 
 
 def test_a_bf16_base_does_not_round_the_update_away():
-    """An update of 1e-3 of W's scale: in a bf16 W + Δ most of it is lost. W's own part cancels: x = [z, -z], W = [V, V]."""
+    """
+    An update of 1e-3 of W's scale: in a bf16 W + Δ most of it is lost. W's own part cancels: x = [z, -z],
+    W = [V, V].
+    """
     torch.manual_seed(0)
     V, z = torch.randn(64, 128).to(torch.bfloat16), torch.randn(32, 128).to(torch.bfloat16)
     model = nn.Sequential(nn.Linear(256, 64, bias=False)).to(torch.bfloat16)
@@ -278,6 +285,6 @@ def test_a_bf16_base_does_not_round_the_update_away():
     model(x).backward(dy)
     exact.backward(dy.double())
     assert error(model.adapter.lora_B.grad, B.grad) < 0.01 and error(model.adapter.lora_A.grad, A.grad) < 0.01
-    z = x.clone().requires_grad_()
-    gfa.Product.apply(z, torch.zeros_like(W), *model[0].rows(), 0).backward(dy)      # the update's own part of dx
+    z = x.clone().requires_grad_()                      # the update's own part of dx
+    gfa.Product.apply(z, torch.zeros_like(W), *model[0].rows(), 0).backward(dy)
     assert error(z.grad, (dy.double() @ gfa.cut(B @ A, 0, W.shape)).detach()) < 0.02

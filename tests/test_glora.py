@@ -48,7 +48,7 @@ def rank_of(M):
     return torch.linalg.matrix_rank(M).item()
 
 
-# ------------------------------------------------------------------------------------ decompositions
+# ---------------------------------------------------------------------- decompositions
 
 def spectrum(n, m, sigma, seed=0):
     """(n, m) with these singular values."""
@@ -74,7 +74,8 @@ def test_the_exact_route_spans_what_torch_linalg_svd_spans_at_both_ends(n, m, co
         assert u.dtype == torch.float32 and u.shape == (n, len(take)) and v.shape == (m, len(take))
         torch.testing.assert_close(s.double(), S[take], rtol=1e-5, atol=0)
         assert sine(U[:, take], u) < 1e-5 and sine(Vh[take].T, v) < 1e-5
-        torch.testing.assert_close(u.double() * s @ v.double().T, U[:, take] * S[take] @ Vh[take], rtol=0, atol=1e-6)
+        torch.testing.assert_close(u.double() * s @ v.double().T, U[:, take] * S[take] @ Vh[take],
+                                   rtol=0, atol=1e-6)
 
 
 def test_a_weight_of_lower_rank_gives_finite_factors():
@@ -83,9 +84,10 @@ def test_a_weight_of_lower_rank_gives_finite_factors():
 
 
 def test_the_randomized_route_finds_nearly_the_leading_span():
-    """Halko et al. with two power iterations: on a flat tail (ratio 0.9) within a degree, on a gap to rounding."""
+    """Halko et al., two power iterations: with a flat tail (ratio 0.9) a degree, with a gap rounding."""
     torch.manual_seed(0)
-    for sigma, limit in ((0.9 ** torch.arange(80).double(), 0.02), (torch.cat((torch.ones(8), torch.full((72,), 1e-3))).double(), 1e-6)):
+    flat, gap = 0.9 ** torch.arange(80).double(), torch.cat((torch.ones(8), torch.full((72,), 1e-3))).double()
+    for sigma, limit in ((flat, 0.02), (gap, 1e-6)):
         M = spectrum(100, 80, sigma)
         U, S, V = glora.region_svd(M, 8, "randomized", 4, "top")
         exact = glora.region_svd(M, 8, "exact", 4, "top")
@@ -94,40 +96,46 @@ def test_the_randomized_route_finds_nearly_the_leading_span():
         torch.testing.assert_close(S, exact[1], rtol=limit, atol=0)
 
 
-@pytest.mark.parametrize("oversample, k, width", [(4, 8, 32), (8, 4, 32), (1, 3, 3), (4, 20, None), (100, 1, None)])
-def test_the_sketch_is_oversample_times_the_stages_rank_and_exact_where_that_reaches_the_region(oversample, k, width, monkeypatch):
+@pytest.mark.parametrize("oversample, k, width",
+                         [(4, 8, 32), (8, 4, 32), (1, 3, 3), (4, 20, None), (100, 1, None)])
+def test_the_sketch_is_oversample_times_the_stages_rank_and_exact_where_that_reaches_the_region(
+        oversample, k, width, monkeypatch):
     seen, real = [], torch.svd_lowrank
-    monkeypatch.setattr(torch, "svd_lowrank", lambda M, q, niter: seen.append((q, niter)) or real(M, q=q, niter=niter))
+    monkeypatch.setattr(torch, "svd_lowrank",
+                        lambda M, q, niter: seen.append((q, niter)) or real(M, q=q, niter=niter))
     M = spectrum(90, 80, torch.linspace(2, 1, 80).double())
     U, S, V = glora.region_svd(M, k, "randomized", oversample, "top")
     assert S.shape == (k,) and seen == ([(width, 2)] if width else [])
 
 
-# ------------------------------------------------------------------------------------ Eqs. 4, 5, 14: the start
+# ---------------------------------------------------------------------- Eqs. 4, 5, 14: the start
 
 @pytest.mark.parametrize("o, i", [(20, 24), (24, 20)])
 @pytest.mark.parametrize("global_init, local_init, G, L", [     # of 20 triplets, 6 and 2: Table 6
     ("bottom", "top", range(14, 20), range(0, 2)), ("top", "top", range(0, 6), range(6, 8)),
     ("bottom", "bottom", range(14, 20), range(12, 14)), ("top", "bottom", range(0, 6), range(18, 20))])
-def test_the_adapters_start_on_different_triplets_of_w_and_these_leave_the_residual(o, i, global_init, local_init, G, L):
+def test_the_adapters_start_on_different_triplets_of_w_and_these_leave_the_residual(
+        o, i, global_init, local_init, G, L):
     model, _, W = injected(o, i, 8, global_init=global_init, local_init=local_init)
     layer, (U, S, Vh) = model[0], torch.linalg.svd(W, full_matrices=False)
     part = lambda take: sum(S[k] * torch.outer(U[:, k], Vh[k]) for k in take)
     torch.testing.assert_close(layer.lora_global_B @ layer.lora_global_A, part(G))
     torch.testing.assert_close(product(layer), part(L))
     torch.testing.assert_close(layer.base.weight, W - part(G) - part(L))                # Eqs. 5 and 14
-    for A, B, take in ((layer.lora_global_A, layer.lora_global_B, G), (layer.lora_local_A, layer.lora_local_B, L)):
+    for A, B, take in ((layer.lora_global_A, layer.lora_global_B, G),
+                       (layer.lora_local_A, layer.lora_local_B, L)):
         torch.testing.assert_close(A.norm(dim=1), S[list(take)].sqrt())                 # Σ^½ on either side
         torch.testing.assert_close(B.norm(dim=0), S[list(take)].sqrt())
 
 
 @pytest.mark.parametrize("svd", ["exact", "randomized"])
-def test_the_function_is_exact_whatever_the_route_as_the_residual_is_formed_from_the_factors(svd, monkeypatch):
+def test_the_function_is_exact_whatever_the_route_as_the_residual_is_formed_from_the_factors(
+        svd, monkeypatch):
     calls, real = [], torch.svd_lowrank
     monkeypatch.setattr(torch, "svd_lowrank", lambda *a, **k: calls.append(1) or real(*a, **k))
     model, optimizer, W = injected(120, 128, 4, svd=svd, oversample=1)
     torch.testing.assert_close(model[0].base.weight + model[0].delta(), W, rtol=0, atol=1e-14)
-    assert not calls                                                                    # stage 0 is exact (Table 16)
+    assert not calls                                                        # stage 0 is exact (Table 16)
     for s in range(2):
         stage(model, optimizer)
         W = (model[0].base.weight + model[0].delta()).detach()
@@ -136,20 +144,23 @@ def test_the_function_is_exact_whatever_the_route_as_the_residual_is_formed_from
         assert product(model[0]).any() and len(calls) == (s + 1) * (svd == "randomized")
 
 
-@pytest.mark.parametrize("rank, ratio, ranks", [(8, "3:1", (6, 2)), (8, "1:3", (2, 6)), (6, "1:1", (3, 3)), (10, "2:3", (4, 6))])
+@pytest.mark.parametrize("rank, ratio, ranks",
+                         [(8, "3:1", (6, 2)), (8, "1:3", (2, 6)), (6, "1:1", (3, 3)), (10, "2:3", (4, 6))])
 def test_the_ratio_splits_the_rank(rank, ratio, ranks):
     layer = injected(40, 41, rank, ratio=ratio)[0][0]
     assert (len(layer.lora_global_A), len(layer.lora_local_A)) == glora.split_rank(rank, ratio) == ranks
 
 
 @pytest.mark.parametrize("rank, own, message", [
-    (6, {}, "ratio 3:1: rank 6 is not a multiple of 3 [+] 1"), (4, dict(ratio="1:2"), "ratio 1:2: rank 4 is not"),
-    (4, dict(ratio="3"), "ratio '3', expected two whole numbers above 0, such as 3:1"), (4, dict(ratio="4:0"), "ratio '4:0'"),
-    (4, dict(ratio="-3:1"), "ratio '-3:1'"), (4, dict(ratio="3:1:1"), "ratio '3:1:1'"), (4, dict(oversample=0), "oversample 0"),
-    (4, dict(svd="x"), "svd 'x', expected one of exact, randomized"), (4, dict(importance="x"), "importance 'x', expected one of taylor"),
+    (6, {}, "ratio 3:1: rank 6 is not a multiple of 3 [+] 1"),
+    (4, dict(ratio="1:2"), "ratio 1:2: rank 4 is not"), (4, dict(ratio="4:0"), "ratio '4:0'"),
+    (4, dict(ratio="3"), "ratio '3', expected two whole numbers above 0, such as 3:1"),
+    (4, dict(ratio="-3:1"), "ratio '-3:1'"), (4, dict(ratio="3:1:1"), "ratio '3:1:1'"),
+    (4, dict(oversample=0), "oversample 0"), (4, dict(svd="x"), "svd 'x', expected one of exact, randomized"),
+    (4, dict(importance="x"), "importance 'x', expected one of taylor"),
     (4, dict(importance_window="x"), "importance_window 'x'"), (4, dict(global_init="x"), "global_init 'x'"),
-    (4, dict(local_init="x"), "local_init 'x'"), (4, dict(svd="randomized", local_init="bottom"), "randomized finds leading"),
-    (4, dict(alpha=8), "no alpha")])
+    (4, dict(svd="randomized", local_init="bottom"), "randomized finds leading"),
+    (4, dict(local_init="x"), "local_init 'x'"), (4, dict(alpha=8), "no alpha")])
 def test_bad_settings_leave_the_model_as_it_was(rank, own, message):
     model = nn.Sequential(nn.Linear(20, 24), nn.Linear(24, 20))
     with pytest.raises(ValueError, match=message):
@@ -160,14 +171,16 @@ def test_bad_settings_leave_the_model_as_it_was(rank, own, message):
 def test_table_1_the_parameter_count_is_loras():
     for model, printed in (("LLaMA2-7B", 8.39), ("LLaMA2-13B", 13.11), ("LLaMA3-8B", 6.82)):
         assert round(trainable("glora", model, "attention", 8) / 1e6, 2) == printed
-    assert trainable("glora", "LLaMA3-8B", "attention", 8, ratio="1:3") == trainable("lora", "LLaMA3-8B", "attention", 8)
+    lora = trainable("lora", "LLaMA3-8B", "attention", 8)
+    assert trainable("glora", "LLaMA3-8B", "attention", 8, ratio="1:3") == lora
 
 
 def test_dropout_draws_one_mask_for_both_adapters_and_spares_the_residual():
     torch.manual_seed(0)
-    layer = glora.GLoRALinear(nn.Linear(24, 20).double(), 3, 1, 0.5, dict(global_init="bottom", local_init="top"))
+    own = dict(global_init="bottom", local_init="top")
+    layer = glora.GLoRALinear(nn.Linear(24, 20).double(), 3, 1, 0.5, own)
     x = torch.randn(40, 24).double()
-    for _ in range(2):                                                                  # a pair, then a dense block
+    for _ in range(2):                                                      # a pair, then a dense block
         torch.manual_seed(1)
         y = layer(x)
         torch.manual_seed(1)
@@ -175,16 +188,20 @@ def test_dropout_draws_one_mask_for_both_adapters_and_spares_the_residual():
         layer.start(torch.arange(5), torch.arange(6), None, torch.randn(6, 5).double())
 
 
-# ------------------------------------------------------------------------------------ Alg. 1 with Eqs. 2, 9 - 15 as printed
+# ---------------------------------------------------------------------- Alg. 1 with Eqs. 2, 9 - 15 as printed
 
 class Printed:
-    """The paper's own layout: y = x W, W (m, n), explicit permutations of all rows and columns; factors from torch.linalg.svd."""
+    """
+    The paper's own layout: y = x W, W (m, n), explicit permutations of all rows and columns; factors
+    from torch.linalg.svd.
+    """
 
     def __init__(self, W, r_g, r_l):
         self.m, self.n = W.shape
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)                             # Eq. 4
         k = len(S)
-        self.G_A, self.G_B = U[:, k - r_g:] * S[k - r_g:].sqrt(), S[k - r_g:].sqrt()[:, None] * Vh[k - r_g:]    # Eq. 5
+        root = S[k - r_g:].sqrt()
+        self.G_A, self.G_B = U[:, k - r_g:] * root, root[:, None] * Vh[k - r_g:]        # Eq. 5
         self.W_res = W - self.G_A @ self.G_B
         self.pi_r, self.pi_c, self.rank = torch.arange(self.m), torch.arange(self.n), r_l
         self.localise()
@@ -203,7 +220,7 @@ class Printed:
         full[:self.m, :self.n] = self.L_A @ self.L_B
         return full[self.pi_r.argsort()][:, self.pi_c.argsort()]
 
-    def forward(self, x):                                                               # Eq. 2, the live stage
+    def forward(self, x):                                                       # Eq. 2, the live stage
         local = torch.zeros(len(x), self.W_res.shape[1]).double()
         local[:, :self.n] = x[:, self.pi_r][:, :self.m] @ self.L_A @ self.L_B
         return x @ self.W_res + x @ self.G_A @ self.G_B + local[:, self.pi_c.argsort()]
@@ -211,22 +228,25 @@ class Printed:
     def next(self, I_A, I_B):
         """I_A (m, r), I_B (r, n) of Eq. 9."""
         self.W_res = self.W_res + self.padded()                                         # Eq. 11
-        by_row = sorted(range(self.m), key=lambda j: -sum(v * v for v in I_A[j].tolist()) ** 0.5)           # Eq. 10
-        by_column = sorted(range(self.n), key=lambda j: -sum(v * v for v in I_B[:, j].tolist()) ** 0.5)
+        norm = lambda vector: sum(v * v for v in vector.tolist()) ** 0.5
+        by_row = sorted(range(self.m), key=lambda j: -norm(I_A[j]))                     # Eq. 10
+        by_column = sorted(range(self.n), key=lambda j: -norm(I_B[:, j]))
         self.pi_r = torch.cat((self.pi_r[:self.m][by_row], self.pi_r[self.m:]))
         self.pi_c = torch.cat((self.pi_c[:self.n][by_column], self.pi_c[self.n:]))
-        self.m, self.n, self.rank = self.m // 2, self.n // 2, 2 * self.rank             # Alg. 1, line 12; r_l^{i+1}
+        self.m, self.n = self.m // 2, self.n // 2                                       # Alg. 1, line 12
+        self.rank = 2 * self.rank                                                       # r_l^{i+1}
         self.localise()
 
 
 def test_equations_2_to_15_as_printed_over_three_stages():
-    """Ours against explicit permutations; the factors that training moves are handed over in the printed order."""
+    """Ours against explicit permutations; what training moved is handed over in the printed order."""
     model, optimizer, W = injected(131, 167, 4)
     layer, bias = model[0], model[0].base.bias
     paper = Printed(W.T, 3, 1)
     for s in range(4):
         rows, columns = paper.pi_r[:paper.m], paper.pi_c[:paper.n]
-        assert sorted(rows.tolist()) == layer.lora_rows.tolist() and sorted(columns.tolist()) == layer.lora_columns.tolist()
+        assert sorted(rows.tolist()) == layer.lora_rows.tolist()
+        assert sorted(columns.tolist()) == layer.lora_columns.tolist()
         torch.testing.assert_close(layer.base.weight, paper.W_res.T)
         torch.testing.assert_close(product(layer), paper.padded().T)
         x = torch.randn(7, 167).double()
@@ -241,16 +261,20 @@ def test_equations_2_to_15_as_printed_over_three_stages():
             glora.observe(model, t + 1, 3)
             optimizer.step()
             optimizer.zero_grad()
-        at_row = (layer.lora_rows == rows[:, None]).int().argmax(1)                     # places of the printed order in ours
+        at_row = (layer.lora_rows == rows[:, None]).int().argmax(1)         # places of the printed order
         at_column = (layer.lora_columns == columns[:, None]).int().argmax(1)
         paper.G_A, paper.G_B = layer.lora_global_A.detach().T, layer.lora_global_B.detach().T
-        paper.L_A, paper.L_B = layer.lora_local_A.detach()[:, at_row].T, layer.lora_local_B.detach()[at_column].T
+        paper.L_A = layer.lora_local_A.detach()[:, at_row].T
+        paper.L_B = layer.lora_local_B.detach()[at_column].T
         paper.next(I_A[:, at_row].T, I_B[at_column].T)
         glora.reinit(model, optimizer)
 
 
 def test_eq_2_summed_over_the_stages_is_the_merged_form_with_another_base_and_not_with_eq_15s():
-    """x (W₀ - G_init - Σ L_init) + x G + Σ x L^i is what we compute; with the W_res of Eq. 15, merged stages count twice."""
+    """
+    x (W₀ - G_init - Σ L_init) + x G + Σ x L^i is what we compute; with the W_res of Eq. 15, merged stages
+    count twice.
+    """
     model, optimizer, W = injected(40, 48, 4)
     layer = model[0]
     G_init, inits, finals = (layer.lora_global_B @ layer.lora_global_A).detach(), [], []
@@ -266,7 +290,7 @@ def test_eq_2_summed_over_the_stages_is_the_merged_form_with_another_base_and_no
     assert (model(x) - total(layer.base.weight.detach())).abs().max() > 0.1
 
 
-# ------------------------------------------------------------------------------------ regions, ranks, the dense switch
+# ---------------------------------------------------------------------- regions, ranks, the dense switch
 
 @pytest.mark.parametrize("o, i", [(97, 131), (64, 48), (33, 96)])
 def test_regions_are_nested_and_half_as_wide_and_high_each_time_rounded_down(o, i):
@@ -276,22 +300,26 @@ def test_regions_are_nested_and_half_as_wide_and_high_each_time_rounded_down(o, 
         m, n, r = i >> s, o >> s, 2 ** s
         assert len(layer.lora_rows) == m and len(layer.lora_columns) == n
         trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert trains <= budget and (trains == budget) == (o % 2 ** s == 0 and i % 2 ** s == 0 and r * (m + n) < m * n)
-        if r * (m + n) >= m * n:                                                        # §3.2.2: the first such stage is dense
+        dense, divides = r * (m + n) >= m * n, o % 2 ** s == 0 and i % 2 ** s == 0
+        assert trains <= budget and (trains == budget) == (divides and not dense)
+        if dense:                                                   # §3.2.2: the first such stage is dense
             assert layer.lora_local_A is None and layer.lora_local_B.shape == (n, m)
             return
         assert layer.lora_local_A.shape == (r, m) and layer.lora_local_B.shape == (n, r)
         before = set(layer.lora_rows.tolist()), set(layer.lora_columns.tolist())
         stage(model, optimizer, steps=1)
         glora.reinit(model, optimizer)
-        assert set(layer.lora_rows.tolist()) < before[0] and set(layer.lora_columns.tolist()) < before[1]      # App. J.3
+        assert set(layer.lora_rows.tolist()) < before[0]                                # App. J.3
+        assert set(layer.lora_columns.tolist()) < before[1]
     pytest.fail("never dense")
 
 
-@pytest.mark.parametrize("o, i, r_l, first", [(4096, 4096, 2, 5), (4096, 4096, 6, 5), (1024, 4096, 2, 5), (1024, 4096, 6, 4),
-                                              (192, 576, 2, 4), (128, 128, 2, 3)])
+@pytest.mark.parametrize("o, i, r_l, first",
+                         [(4096, 4096, 2, 5), (4096, 4096, 6, 5), (1024, 4096, 2, 5), (1024, 4096, 6, 4),
+                          (192, 576, 2, 4), (128, 128, 2, 3)])
 def test_the_stage_from_which_a_pair_would_cost_as_much_as_the_region(o, i, r_l, first):
-    assert [glora.is_dense(r_l * 2 ** s, o >> s, i >> s) for s in range(first + 1)] == [False] * first + [True]
+    dense = [glora.is_dense(r_l * 2 ** s, o >> s, i >> s) for s in range(first + 1)]
+    assert dense == [False] * first + [True]
 
 
 def test_a_dense_region_starts_at_zero_and_later_reinits_leave_it_and_its_moments_alone():
@@ -314,17 +342,21 @@ def test_a_dense_region_starts_at_zero_and_later_reinits_leave_it_and_its_moment
 
 
 def test_a_rank_larger_than_the_next_region_allows_is_dense_not_a_crash():
-    model, optimizer, _ = injected(24, 40, 16, ratio="1:3")                             # 24 of a 12 x 20 region
+    model, optimizer, _ = injected(24, 40, 16, ratio="1:3")                 # 24 of a 12 x 20 region
     stage(model, optimizer)
     glora.reinit(model, optimizer)
     assert model[0].lora_local_A is None and model[0].lora_local_B.shape == (12, 20)
-    model, _, W = injected(8, 8, 8, ratio="1:3")                                        # and already at stage 0
-    assert model[0].lora_local_B.shape == (8, 8) and sum(p.numel() for p in model.parameters() if p.requires_grad) <= 8 * 16
+    model, _, W = injected(8, 8, 8, ratio="1:3")                            # and already at stage 0
+    assert model[0].lora_local_B.shape == (8, 8)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) <= 8 * 16
     torch.testing.assert_close(model[0].base.weight + model[0].delta(), W)
 
 
 def test_proposition_1_both_extremes_of_the_rank():
-    """r_g = r_l = r, two re-inits later: a region of m/4 x n/4 with rank 4r. 3r <= rank(G + L) <= 5r, both are reached."""
+    """
+    r_g = r_l = r, two re-inits later: a region of m/4 x n/4 with rank 4r. 3r <= rank(G + L) <= 5r, both
+    are reached.
+    """
     r, m, n = 2, 128, 96
     model, optimizer, _ = injected(n, m, 2 * r, ratio="1:1")
     for _ in range(2):
@@ -336,10 +368,10 @@ def test_proposition_1_both_extremes_of_the_rank():
         nn.init.normal_(layer.lora_local_A), nn.init.normal_(layer.lora_local_B)
         L = product(layer)
         nn.init.normal_(layer.lora_global_A), nn.init.normal_(layer.lora_global_B)
-        assert rank_of(L) == 4 * r and rank_of(layer.delta()) == 5 * r                  # independent spaces
+        assert rank_of(L) == 4 * r and rank_of(layer.delta()) == 5 * r      # independent spaces
         A, B = layer.local()
         layer.lora_global_A.copy_(A[:r])
-        layer.lora_global_B.copy_(-B[:, :r])                                            # cancels r of L's directions
+        layer.lora_global_B.copy_(-B[:, :r])                                # cancels r of L's directions
         assert rank_of(layer.delta()) == 3 * r
 
 
@@ -366,10 +398,10 @@ def eber(M):
 
 
 def test_the_effective_rank_of_the_update_grows_stage_by_stage():
-    """Every stage moves as far as the one before (steps of the same size), over more directions: App. F, of all stages."""
+    """Every stage moves as far as the one before, over more directions: App. F, of all stages."""
     model, optimizer, W = injected(128, 128, 8)
     found = []
-    for s in range(4):
+    for _ in range(4):
         before = product(model[0])
         with torch.no_grad():
             model[0].lora_local_B.add_(torch.randn_like(model[0].lora_local_B) * 0.05)
@@ -383,10 +415,11 @@ def test_the_effective_rank_of_the_update_grows_stage_by_stage():
     assert all(later > 1.5 * earlier for earlier, later in zip(found, found[1:])), found
 
 
-# ------------------------------------------------------------------------------------ importance: Eqs. 9, 10, Table 4
+# ---------------------------------------------------------------------- importance: Eqs. 9, 10, Table 4
 
-@pytest.mark.parametrize("strategy, formula", [("taylor", lambda L, g: abs(L * g)), ("grad", lambda L, g: abs(g)),
-                                               ("fisher", lambda L, g: g ** 2)])
+@pytest.mark.parametrize("strategy, formula",
+                         [("taylor", lambda L, g: abs(L * g)), ("grad", lambda L, g: abs(g)),
+                          ("fisher", lambda L, g: g ** 2)])
 @pytest.mark.parametrize("window", ["stage", "last"])
 def test_the_score_is_the_mean_over_the_stage_or_its_last_step_and_starts_anew(strategy, formula, window):
     model, optimizer, _ = injected(32, 48, 4, importance=strategy, importance_window=window)
@@ -395,7 +428,8 @@ def test_the_score_is_the_mean_over_the_stage_or_its_last_step_and_starts_anew(s
         seen = []
         for t in range(3):
             model(torch.randn(6, 48).double()).square().sum().backward()
-            seen.append([formula(L.detach().numpy(), L.grad.numpy()) for L in (layer.lora_local_A, layer.lora_local_B)])
+            seen.append([formula(L.detach().numpy(), L.grad.numpy())
+                         for L in (layer.lora_local_A, layer.lora_local_B)])
             glora.observe(model, t + 1, 3)
             optimizer.step()
             optimizer.zero_grad()
@@ -409,7 +443,10 @@ def test_the_score_is_the_mean_over_the_stage_or_its_last_step_and_starts_anew(s
 
 @pytest.mark.parametrize("strategy", ["taylor", "grad", "fisher"])
 def test_a_planted_critical_block_is_found(strategy):
-    """The loss weighs few outputs, and few inputs vary: after two re-inits the region holds them all, a quarter each way."""
+    """
+    The loss weighs few outputs, and few inputs vary: after two re-inits the region holds them all, a
+    quarter each way.
+    """
     model, optimizer, _ = injected(64, 80, 4, importance=strategy)
     rows, columns = torch.randperm(80)[:12], torch.randperm(64)[:10]
     scale_in, scale_out = torch.full((80,), 0.01).double(), torch.full((64,), 0.01).double()
@@ -440,7 +477,7 @@ def test_a_stage_in_which_no_gradient_arrived_is_cut_by_magnitude_with_a_warning
         layer.lora_local_B.grad.zero_()
     glora.observe(model, 1, 1)
     layer.lora_local_B.grad = None
-    glora.observe(model, 2, 2)                                                          # nothing to add, no crash
+    glora.observe(model, 2, 2)                                              # nothing to add, no crash
     with pytest.warns(UserWarning, match="^0: a stage without gradients"):
         glora.reinit(model, optimizer)
     assert layer.lora_rows.tolist() == A.norm(dim=0).argsort(descending=True)[:24].sort().values.tolist()
@@ -462,7 +499,8 @@ def test_the_region_does_not_depend_on_the_micro_batch_size(tiny):
     for micro in (8, 2):
         torch.manual_seed(0)
         model = load(tiny).double()
-        examples, _ = train.encode(Tokenizer(tiny, model.cfg), arithmetic.rows(".", "arithmetic", "train")[:8], 512, False)
+        rows = arithmetic.rows(".", "arithmetic", "train")[:8]
+        examples, _ = train.encode(Tokenizer(tiny, model.cfg), rows, 512, False)
         glora.inject(model, ("q_proj", "up_proj"), 8)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
         for t in range(2):
@@ -471,26 +509,28 @@ def test_the_region_does_not_depend_on_the_micro_batch_size(tiny):
             optimizer.step()
             optimizer.zero_grad()
         glora.reinit(model, optimizer)
-        regions.append([t.tolist() for name, t in model.named_buffers() if name.endswith(("lora_rows", "lora_columns"))])
+        regions.append([t.tolist() for name, t in model.named_buffers()
+                        if name.endswith(("lora_rows", "lora_columns"))])
     assert regions[0] == regions[1] and len(regions[0]) == 16
 
 
-# ------------------------------------------------------------------------------------ what a re-init does to the rest
+# ---------------------------------------------------------------------- what a re-init does to the rest
 
 def test_a_reinit_drops_the_local_state_keeps_the_global_and_the_groups():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 32).double())
     glora.inject(model, ("0",), 4)
-    layer, by_name = model[0], dict(model.named_parameters())
-    optimizer = torch.optim.AdamW([dict(params=[by_name["0.lora_local_B"], by_name["0.lora_global_A"]], lr=1e-2),
-                                   dict(params=[by_name["0.lora_global_B"], by_name["0.lora_local_A"]], lr=5e-3)])
+    layer = model[0]
+    optimizer = torch.optim.AdamW([dict(params=[layer.lora_local_B, layer.lora_global_A], lr=1e-2),
+                                   dict(params=[layer.lora_global_B, layer.lora_local_A], lr=5e-3)])
     for _ in range(2):
         stage(model, optimizer)
         old = layer.lora_local_A, layer.lora_local_B
         kept = {p: optimizer.state[p]["exp_avg"].clone() for p in (layer.lora_global_A, layer.lora_global_B)}
         glora.reinit(model, optimizer)
         assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == [
-            [id(layer.lora_local_B), id(layer.lora_global_A)], [id(layer.lora_global_B), id(layer.lora_local_A)]]
+            [id(layer.lora_local_B), id(layer.lora_global_A)],
+            [id(layer.lora_global_B), id(layer.lora_local_A)]]
         assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 5e-3]
         assert set(optimizer.state) == set(kept) and not any(p in optimizer.state for p in old)
         assert all(torch.equal(optimizer.state[p]["exp_avg"], value) for p, value in kept.items())
@@ -528,33 +568,40 @@ def test_a_bf16_base_is_rounded_once_after_four_reinits():
         stage(model, optimizer)
         glora.reinit(model, optimizer)
         exact = W.float() + layer.lora_fixed_B @ layer.lora_fixed_A
-        if s < 2:       # what is decomposed is not rounded: L's triplets are those of the exact region, and are out of it
-            left = torch.linalg.svdvals(exact[layer.lora_columns][:, layer.lora_rows].double())
-            before = torch.linalg.svdvals((exact + product(layer))[layer.lora_columns][:, layer.lora_rows].double())
+        # What is decomposed is not rounded: L's triplets are those of the exact region, and are out of it.
+        if s < 2:
+            region = lambda M: torch.linalg.svdvals(M[layer.lora_columns][:, layer.lora_rows].double())
+            left, before = region(exact), region(exact + product(layer))
             torch.testing.assert_close(left[:4], before[2 ** (s + 1):][:4], rtol=1e-5, atol=1e-6)
-        assert torch.equal(layer.base.weight, exact.to(torch.bfloat16)) and layer.lora_fixed_A.dtype == torch.float32
+        assert torch.equal(layer.base.weight, exact.to(torch.bfloat16))
+        assert layer.lora_fixed_A.dtype == torch.float32
     A, B = glora.factors(model)["0"]
     glora.merge(model)
     assert torch.equal(model[0].weight, (W.float() + B @ A).to(torch.bfloat16))
 
 
 def test_nothing_weight_sized_is_kept_for_autograd():
+    def keep(t):
+        kept.append(t)
+        return t
+
     for stages in (0, 2, 6):
         model, optimizer, _ = injected(96, 128, 4)
         for _ in range(stages):
             stage(model, optimizer)
             glora.reinit(model, optimizer)
         kept, x = [], torch.randn(3, 128).double()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             y = model(x.requires_grad_())
         weights = {p.data_ptr() for p in model.parameters()}
-        assert kept and not [t.shape for t in kept if t.numel() >= 96 * 128 / 2 and t.data_ptr() not in weights]
+        large = [t for t in kept if t.numel() >= 96 * 128 / 2]
+        assert kept and not [t.shape for t in large if t.data_ptr() not in weights]
         y.sum().backward()
         assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 def test_the_forward_costs_the_adapters_alone():
-    """Per token 2 (r_g + r) (i + o) for a pair, zeros included, and 2 r_g (i + o) + 2 m n for a dense block."""
+    """Per token 2 (r_g + r) (i + o) for a pair, zeros included, 2 r_g (i + o) + 2 m n for a dense block."""
     o, i, tokens = 96, 128, 7
     model, optimizer, _ = injected(o, i, 4)
     seen = set()
@@ -571,9 +618,10 @@ def test_the_forward_costs_the_adapters_alone():
     assert seen == {True, False}
 
 
-# ------------------------------------------------------------------------------------ saving
+# ---------------------------------------------------------------------- saving
 
-@pytest.mark.parametrize("stages, dtype", [(0, torch.float64), (1, torch.float64), (5, torch.float64), (2, torch.bfloat16)])
+@pytest.mark.parametrize("stages, dtype", [(0, torch.float64), (1, torch.float64), (5, torch.float64),
+                                           (2, torch.bfloat16)])
 def test_an_adapter_reloads_without_an_svd(stages, dtype, tmp_path, monkeypatch):
     model, optimizer, W = injected(48, 40, 8, dtype=dtype)
     fresh = nn.Sequential(nn.Linear(40, 48).to(dtype))
@@ -590,7 +638,8 @@ def test_an_adapter_reloads_without_an_svd(stages, dtype, tmp_path, monkeypatch)
     method, _ = checkpoint.load_adapter(other, tmp_path / "a")
     x = torch.randn(5, 40).to(dtype)
     assert torch.equal(other[0].base.weight, model[0].base.weight) and torch.equal(other(x), model(x))
-    assert {name: t.dtype for name, t in other.state_dict().items()} == {name: t.dtype for name, t in model.state_dict().items()}
+    dtypes = lambda model: {name: t.dtype for name, t in model.state_dict().items()}
+    assert dtypes(other) == dtypes(model)
     assert (other[0].lora_local_A is None) == (stages >= 2)
     method.merge(other), method.merge(model)
     assert torch.equal(other[0].weight, model[0].weight)
@@ -601,12 +650,14 @@ def test_a_stage_of_another_model_is_refused():
     stage(model, optimizer)
     glora.reinit(model, optimizer)
     tensors = dict(model.state_dict())
-    rows = tensors["0.lora_rows"]
+    A, B, rows = (tensors[f"0.lora_{key}"] for key in ("fixed_A", "fixed_B", "rows"))
     for key, value, message in (
-            ("fixed_A", tensors["0.lora_fixed_A"][:, :5], "tensors 0.lora_fixed_A and _B are missing or not for 48 x 40"),
-            ("fixed_B", None, "tensors 0.lora_fixed_A and _B are missing"), ("fixed_B", tensors["0.lora_fixed_B"][1:], "tensors 0"),
-            ("fixed_A", torch.tensor(1.0), "tensors 0.lora_fixed_A"), ("fixed_B", torch.tensor(1.0), "tensors 0.lora_fixed_A"), ("fixed_B", tensors["0.lora_fixed_B"][:, 1:], "tensors 0"),
-            ("rows", rows + 40 - rows.max(), "tensor 0.lora_rows, expected distinct, below 40"), ("rows", rows - 40, "tensor 0.lora_rows"),
-            ("rows", rows * 0, "tensor 0.lora_rows"), ("columns", tensors["0.lora_columns"][:0], "tensor 0.lora_columns")):
+            ("fixed_A", A[:, :5], "tensors 0.lora_fixed_A and _B are missing or not for 48 x 40"),
+            ("fixed_B", None, "tensors 0.lora_fixed_A and _B are missing"), ("fixed_B", B[1:], "tensors 0"),
+            ("fixed_A", torch.tensor(1.0), "tensors 0.lora_fixed_A"),
+            ("fixed_B", torch.tensor(1.0), "tensors 0.lora_fixed_A"), ("fixed_B", B[:, 1:], "tensors 0"),
+            ("rows", rows + 40 - rows.max(), "tensor 0.lora_rows, expected distinct, below 40"),
+            ("rows", rows - 40, "tensor 0.lora_rows"), ("rows", rows * 0, "tensor 0.lora_rows"),
+            ("columns", tensors["0.lora_columns"][:0], "tensor 0.lora_columns")):
         with pytest.raises(ValueError, match=message):
             glora.restore(injected(48, 40, 8)[0], tensors | {f"0.lora_{key}": value})

@@ -69,7 +69,8 @@ def test_it_is_pefts_gralora(k, hybrid):
     torch.testing.assert_close(ours.delta(), q.get_delta_weight("default"), rtol=0, atol=1e-6)
     y.square().sum().backward()
     z.square().sum().backward()
-    grad = q.gralora_A["default"].grad.permute(2, 0, 1).flatten(1), q.gralora_B["default"].grad.mT.flatten(0, 1)
+    A, B = q.gralora_A["default"], q.gralora_B["default"]
+    grad = A.grad.permute(2, 0, 1).flatten(1), B.grad.mT.flatten(0, 1)
     torch.testing.assert_close((ours.lora_A.grad, ours.lora_B.grad), grad, rtol=1e-9, atol=1e-6)
     if hybrid:
         torch.testing.assert_close(ours.lora_A_general.grad, q.gralora_A_general["default"].weight.grad)
@@ -106,7 +107,10 @@ def test_table_4_rank_128_on_random_factors(k, rank):
 
 
 def test_fig_5_the_sparse_factors_hold_every_block_once():
-    """A_ij at block (j, j + (i - 1) k) of A_GraLoRA (N x kr), B_ij at (i, j + (i - 1) k) of B_GraLoRA, blocks of r/k wide."""
+    """
+    A_ij at block (j, j + (i - 1) k) of A_GraLoRA (N x kr), B_ij at (i, j + (i - 1) k) of B_GraLoRA, blocks
+    of r/k wide.
+    """
     k, p, o, i = 3, 2, 12, 8
     ours = layer(k, rank=6)
     A, B = gralora.expand(ours.lora_A, ours.lora_B, gralora.contiguous(24, k), gralora.contiguous(36, k), k)
@@ -128,7 +132,8 @@ def test_init_is_kaiming_uniform_per_block_and_b_is_zero():
         assert 0.99 * bound < A.abs().max() <= bound and abs(A.std() * math.sqrt(3) / bound - 1) < 0.02
         assert not model[0].lora_B.any()
         if hybrid:
-            assert 0.9 / 64 < model[0].lora_A_general.abs().max() <= 1 / 64 and not model[0].lora_B_general.any()
+            assert 0.9 / 64 < model[0].lora_A_general.abs().max() <= 1 / 64
+            assert not model[0].lora_B_general.any()
 
 
 def test_alpha_is_2r_of_the_total_rank():
@@ -149,7 +154,8 @@ def test_section_3_4_the_choice_of_k(rank, k):
 
 
 @pytest.mark.parametrize("own, message", [
-    (dict(k=4), r"k 4 does not divide rank - hybrid = 6 of 0"), (dict(k=2, hybrid=1), r"k 2 does not divide rank - hybrid = 5"),
+    (dict(k=4), r"k 4 does not divide rank - hybrid = 6 of 0"),
+    (dict(k=2, hybrid=1), r"k 2 does not divide rank - hybrid = 5"),
     (dict(k=-1), r"k -1 does not divide"), (dict(k=2, hybrid=6), r"hybrid 6 of rank 6, expected 0 to 5"),
     (dict(k=6), r"k 6 does not divide in = 20 of 0"), (dict(k=3), r"k 3 does not divide in = 20 of 0")])
 def test_what_does_not_divide_is_an_error_with_both_numbers(own, message):
@@ -160,11 +166,12 @@ def test_what_does_not_divide_is_an_error_with_both_numbers(own, message):
 
 
 def test_the_parameter_count_is_loras():
-    counts = {trainable("gralora", "LLaMA3-8B", "all", 64, k=k, hybrid=h) for k, h in ((1, 0), (2, 0), (4, 0), (4, 32))}
+    counts = {trainable("gralora", "LLaMA3-8B", "all", 64, k=k, hybrid=h)
+              for k, h in ((1, 0), (2, 0), (4, 0), (4, 32))}
     assert counts == {trainable("lora", "LLaMA3-8B", "all", 64)}
 
 
-# ------------------------------------------------------------------------------------ §3.3, §3.4, App. C
+# ---------------------------------------------------------------------- §3.3, §3.4, App. C
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_section_3_4_flops_are_2_n_r_t_plus_2_r_m_t(k):
@@ -210,13 +217,14 @@ def test_one_dropout_mask_for_both_parts():
     torch.testing.assert_close(y, ours.base(x) + ours.dropout(x) @ ours.delta().T)
 
 
-# ------------------------------------------------------------------------------------ files for peft
+# ---------------------------------------------------------------------- files for peft
 
 def tiny_llama():
     tf = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                              num_attention_heads=4, num_key_value_heads=2)).double().eval()
+    config = tf.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                            num_attention_heads=4, num_key_value_heads=2)
+    return tf.LlamaForCausalLM(config).double().eval()
 
 
 @pytest.mark.parametrize("k, hybrid", [(2, 0), (4, 4)])
@@ -229,18 +237,22 @@ def test_a_saved_adapter_loads_into_peft(k, hybrid, tmp_path):
     for name, p in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, 0, 0.2)
-    checkpoint.save_adapter(tmp_path / "ours", model, dict(method="gralora", targets=targets, rank=8, own=dict(k=k, hybrid=hybrid)))
+    saved = dict(method="gralora", targets=targets, rank=8, own=dict(k=k, hybrid=hybrid))
+    checkpoint.save_adapter(tmp_path / "ours", model, saved)
+    names = {"lora_A": ("gralora_A", lambda t: t.unflatten(1, (k, -1)).permute(1, 2, 0)),
+             "lora_B": ("gralora_B", lambda t: t.unflatten(0, (k, -1)).mT),
+             "lora_A_general": ("gralora_A_general.weight", lambda t: t),
+             "lora_B_general": ("gralora_B_general.weight", lambda t: t)}
     tensors = {}
     for name, t in load_file(tmp_path / "ours" / "adapter_model.safetensors").items():
         module, leaf = name.rsplit(".", 1)
-        t = dict(lora_A=lambda t: t.unflatten(1, (k, -1)).permute(1, 2, 0), lora_B=lambda t: t.unflatten(0, (k, -1)).mT).get(
-            leaf, lambda t: t)(t).contiguous()
-        tensors[f"base_model.model.{module}." + dict(lora_A="gralora_A", lora_B="gralora_B", lora_A_general="gralora_A_general.weight",
-                                                     lora_B_general="gralora_B_general.weight")[leaf]] = t
+        new, convert = names[leaf]
+        tensors[f"base_model.model.{module}.{new}"] = convert(t).contiguous()
     (tmp_path / "peft").mkdir()
     save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(dict(
-        peft_type="GRALORA", task_type="CAUSAL_LM", r=8 - hybrid, hybrid_r=hybrid, gralora_k=k, alpha=16, target_modules=list(targets))))
+        peft_type="GRALORA", task_type="CAUSAL_LM", r=8 - hybrid, hybrid_r=hybrid, gralora_k=k, alpha=16,
+        target_modules=list(targets))))
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "peft")).double().eval()
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits)
     assert (theirs(ids).logits - tiny_llama()(ids).logits).abs().max() > 0.1
