@@ -1,11 +1,12 @@
 """
 The bundled default: two-step word problems with worked answers, for a model that was pretrained on one step.
 
-    {"instruction": "Mia has 7 apples. She buys 5 more. She loses 4 of them. How many apples does Mia have now?",
+    {"instruction": "Mia has 7 apples. She buys 5 more. She loses 4 of them.
+                     How many apples does Mia have now?",
      "input": "", "output": "7 + 5 = 12. 12 - 4 = 8. The answer is 8.", "answer": "8"}
 
-Source: generated here, from seeds; no file is read. All numbers are in 0..20. Whether a problem is training or
-held-out is a hash of its numbers and signs, so no chain of operands occurs in both.
+Source: generated here, from seeds; no file is read. All numbers are in 0..20. Whether a problem is training
+or held-out is a hash of its numbers and signs, so no chain of operands occurs in both.
 Metric: the number after "The answer is" equals the answer.
 """
 import random
@@ -16,13 +17,14 @@ FAMILY, KIND, MAX_NEW_TOKENS, STOP = "arithmetic", "generate", 40, ()
 TASKS = {"two_step": dict(rows=256, metric="accuracy", file="generated, no file", source="this file")}
 TRAIN_ROWS = 8192
 
-NAMES = {"She": ("Mia", "Anna", "Lena", "Ruth", "Nora", "Ida"), "He": ("Tom", "Ben", "Paul", "Max", "Emil", "Jonas")}
+NAMES = {"She": ("Mia", "Anna", "Lena", "Ruth", "Nora", "Ida"),
+         "He": ("Tom", "Ben", "Paul", "Max", "Emil", "Jonas")}
 THINGS = "apples books coins cards pens shells stamps eggs marbles cookies stones keys".split()
 GAINS = ("buys {} more", "finds {} more", "gets {} more", "wins {} more")
 LOSSES = ("gives away {} of them", "loses {} of them", "sells {} of them", "drops {} of them")
 LARGEST = 20
-WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-         "seventeen eighteen nineteen twenty").split()
+WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+         "sixteen seventeen eighteen nineteen twenty").split()
 
 
 def problem(rng, steps, words=0.0):

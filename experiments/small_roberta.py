@@ -1,9 +1,10 @@
 """
-A small RoBERTa with random weights, and a byte-level BPE of SST-2's own text, as a Hugging Face directory: something to
-train from nothing where no pretrained encoder is at hand.
+A small RoBERTa with random weights, and a byte-level BPE of SST-2's own text, as a Hugging Face directory:
+something to train from nothing where no pretrained encoder is at hand.
 
     python experiments/small_roberta.py OUT_DIR --data DIR
-    python train.py --method full --model OUT_DIR --task sst2 --data DIR --lr 5e-4 --batch_size 32 --epochs 1 --merge
+    python train.py --method full --model OUT_DIR --task sst2 --data DIR --lr 5e-4 --batch_size 32 \\
+                    --epochs 1 --merge
 """
 import argparse
 import sys
@@ -23,7 +24,7 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]        # ids 0 - 4, as RoB
 
 
 def make(directory, data, vocabulary=4096, width=128, layers=4, seed=42):
-    """Writes config.json, model.safetensors and tokenizer.json to a new directory; weights are N(0, 0.02²)."""
+    """Writes config.json, model.safetensors, tokenizer.json to a new directory; weights are N(0, 0.02²)."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator((row["text"] for row in glue.rows(data, "sst2", "train")), vocabulary,
                                   special_tokens=SPECIAL, show_progress=False)
@@ -31,17 +32,19 @@ def make(directory, data, vocabulary=4096, width=128, layers=4, seed=42):
     directory.mkdir(parents=True)
     tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))
     tokenizer.save(str(directory / "tokenizer.json"))
-    config = dict(architectures=["RobertaForSequenceClassification"], model_type="roberta", vocab_size=vocabulary, hidden_size=width,
-                  num_hidden_layers=layers, num_attention_heads=width // 32, intermediate_size=4 * width, max_position_embeddings=514,
-                  type_vocab_size=1, layer_norm_eps=1e-5, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
-                  hidden_act="gelu", bos_token_id=0, pad_token_id=1, eos_token_id=2)
+    config = dict(architectures=["RobertaForSequenceClassification"], model_type="roberta", hidden_act="gelu",
+                  vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers,
+                  num_attention_heads=width // 32, intermediate_size=4 * width, max_position_embeddings=514,
+                  type_vocab_size=1, layer_norm_eps=1e-5, hidden_dropout_prob=0.1,
+                  attention_probs_dropout_prob=0.1, bos_token_id=0, pad_token_id=1, eos_token_id=2)
     checkpoint.write_json(directory / "config.json", config)
     torch.manual_seed(seed)
     net = M.build(config)
     for name, p in net.named_parameters():
         if "LayerNorm" not in name:
             torch.nn.init.normal_(p, 0, 0.02) if p.ndim > 1 else torch.nn.init.zeros_(p)
-    encoder = {name: t for name, t in net.state_dict().items() if not name.startswith("classifier.")}   # a task brings its head
+    # a task brings its head
+    encoder = {name: t for name, t in net.state_dict().items() if not name.startswith("classifier.")}
     save_file(encoder, str(directory / "model.safetensors"), metadata={"format": "pt"})
 
 

@@ -13,8 +13,8 @@ from data import arithmetic, code_generation, commonsense, math_reasoning, own
 def solve(row):
     """The answer from the story's own words."""
     n = [int(x) for x in re.findall(r"\d+", row["instruction"])]
-    signs = [1 if v in ("buys", "finds", "gets", "wins") else -1
-             for v in re.findall(r"(?:She|He) (buys|finds|gets|wins|gives|loses|sells|drops)", row["instruction"])]
+    verbs = re.findall(r"(?:She|He) (buys|finds|gets|wins|gives|loses|sells|drops)", row["instruction"])
+    signs = [1 if v in ("buys", "finds", "gets", "wins") else -1 for v in verbs]
     return n[0] + sum(s * x for s, x in zip(signs, n[1:], strict=True)), len(signs)
 
 
@@ -33,28 +33,31 @@ def test_train_and_held_out_share_no_chain_of_operands():
     train, test = arithmetic.rows(None, "two_step", "train"), arithmetic.rows(None, "two_step", "test")
     assert len(train) == 8192 and len(test) == 256 == arithmetic.TASKS["two_step"]["rows"]
     assert not chains(train) & chains(test)
-    assert train == arithmetic.rows(None, "arithmetic", "train")        # the same every time, and for the family
+    assert train == arithmetic.rows(None, "arithmetic", "train")    # the same every time, and for the family
 
 
 @pytest.mark.parametrize("output, answer", [
-    ("1 + 2 = 3. The answer is 3.", "3"), ("The answer is 3", "3"), ("The answer is 3. The answer is 4.", "3"),
-    ("The answer is -3.", "-3"), ("3", ""), ("", ""), ("the answer is 3", ""), ("The answer is three", "")])
+    ("1 + 2 = 3. The answer is 3.", "3"), ("The answer is 3", "3"),
+    ("The answer is 3. The answer is 4.", "3"), ("The answer is -3.", "-3"), ("3", ""), ("", ""),
+    ("the answer is 3", ""), ("The answer is three", "")])
 def test_arithmetic_extraction(output, answer):
     result = arithmetic.score([output], [dict(answer="3")])
-    assert result["extracted"] == [answer] and result["correct"] == [answer == "3"] and result["accuracy"] == (answer == "3")
+    assert result["extracted"] == [answer] and result["correct"] == [answer == "3"]
+    assert result["accuracy"] == (answer == "3")
 
 
 # ------------------------------------------------------------------------------------ commonsense
 
 def row(answer, form, **kw):
-    return dict(instruction=f"Say it.\n\nAnswer format: {form}", input="", output=f"the correct answer is {answer}", answer=answer, **kw)
+    return dict(instruction=f"Say it.\n\nAnswer format: {form}", input="",
+                output=f"the correct answer is {answer}", answer=answer, **kw)
 
 
 EXTRACTION = [
     ("boolq", "true/false", "the correct answer is true", "true"),
-    ("boolq", "true/false", "false, not true", "false"),                # the first match anywhere
-    ("boolq", "true/false", "untrue", "true"),                          # even inside a word, as in the original
-    ("boolq", "true/false", "True", ""),                                # case-sensitive
+    ("boolq", "true/false", "false, not true", "false"),            # the first match anywhere
+    ("boolq", "true/false", "untrue", "true"),                      # even inside a word, as in the original
+    ("boolq", "true/false", "True", ""),                            # case-sensitive
     ("boolq", "true/false", "", ""),
     ("piqa", "solution1/solution2", "solution2 or solution1", "solution2"),
     ("piqa", "solution1/solution2", "solution 1", ""),
@@ -78,7 +81,8 @@ def test_choices_are_read_off_the_instruction():
 
 
 def test_the_majority_rate():
-    rows = [commonsense.with_choices(row(a, "true/false"), "boolq") for a in ("true", "true", "false", "true")]
+    answers = ("true", "true", "false", "true")
+    rows = [commonsense.with_choices(row(a, "true/false"), "boolq") for a in answers]
     assert commonsense.score([""] * 4, rows)["majority"] == 0.75
 
 
@@ -90,12 +94,13 @@ def test_the_real_sets_are_whole_and_consistent(shared_data):
             assert name == "social_i_qa"
             continue
         assert len(rows) == entry["rows"], name
-        assert all(r["answer"] in r["choices"] and r["choices"][r["answer"]] == r["output"] for r in rows), name
+        assert all(r["choices"].get(r["answer"]) == r["output"] for r in rows), name
         assert commonsense.score([r["output"] for r in rows], rows)["accuracy"] == 1.0
 
 
 def test_test_rows_must_hold_one_of_their_choices(tmp_path):
-    for bad in (row("true", "true/false", ), row("maybe", "true/false"), dict(row("true", ""), instruction="Is it?")):
+    for bad in (row("true", "true/false"), row("maybe", "true/false"),
+                dict(row("true", ""), instruction="Is it?")):
         (tmp_path / "boolq.json").write_text(json.dumps([row("true", "true/false"), bad]))
         if bad["answer"] == "true" and "format" in bad["instruction"]:
             commonsense.rows(tmp_path, "boolq", "test")
@@ -114,7 +119,7 @@ def test_training_rows_of_one_set_come_by_source_or_by_wording(shared_data):
 
 
 def test_a_mix_that_names_no_source(tmp_path):
-    """The published commonsense_15k.json has four fields: ARC-Easy's rows cannot be told from OpenBookQA's."""
+    """The published commonsense_15k.json has four fields: ARC-Easy's rows look like OpenBookQA's."""
     (tmp_path / "ft-training_set").mkdir()
     rows = [row("true", "true/false"), row("answer1", "answer1/answer2")]
     rows[0]["instruction"] = "Please answer the following question with true or false, question: is it?"
@@ -125,7 +130,8 @@ def test_a_mix_that_names_no_source(tmp_path):
         commonsense.rows(tmp_path, "ARC-Easy", "train")
 
 
-@pytest.mark.parametrize("place", ["commonsense/boolq.json", "commonsense/boolq.json.gz", "boolq.json", "dataset/boolq/test.json"])
+@pytest.mark.parametrize("place", ["commonsense/boolq.json", "commonsense/boolq.json.gz", "boolq.json",
+                                   "dataset/boolq/test.json"])
 def test_places_where_a_set_may_lie(place, tmp_path):
     file = tmp_path / place
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +147,8 @@ def write(path, rows):
         text = "\n".join(json.dumps(r) for r in rows) + "\n\n"
     else:
         text = json.dumps(rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else b"\xef\xbb\xbf" + text.encode())
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else b"\xef\xbb\xbf" + data)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"])
@@ -155,9 +162,10 @@ def test_own_rows_are_split_once_and_for_all(name, tmp_path):
 
 
 @pytest.mark.parametrize("output, answer, correct", [
-    ("It is Paris.", "Paris", True), ("it is PARIS!", "Paris", True), ("Paris is it", "Paris", False), ("17", "7", False),
-    ("x = 7", "7", True), ("a+b", "a+b", True), ("", "7", False), ("3.5", "5", False), ("-5", "5", False), ("1,200", "200", False),
-    ("C++", "C", False), ("It is 0.", 0, True), ("is (7).", "7", True), ("So:7", "7", True)])
+    ("It is Paris.", "Paris", True), ("it is PARIS!", "Paris", True), ("Paris is it", "Paris", False),
+    ("17", "7", False), ("x = 7", "7", True), ("a+b", "a+b", True), ("", "7", False), ("3.5", "5", False),
+    ("-5", "5", False), ("1,200", "200", False), ("C++", "C", False), ("It is 0.", 0, True),
+    ("is (7).", "7", True), ("So:7", "7", True)])
 def test_own_answers_close_the_output(output, answer, correct):
     assert own.score([output], [dict(answer=answer, output="x")])["correct"] == [correct]
 
@@ -167,7 +175,8 @@ def test_without_an_answer_the_output_must_be_equal():
 
 
 BAD = {
-    "no output": ([dict(instruction="a", output="b"), dict(instruction="a")], r"row 2 has no text in 'output'"),
+    "no output": ([dict(instruction="a", output="b"), dict(instruction="a")],
+                  r"row 2 has no text in 'output'"),
     "no instruction": ([dict(output="b")], r"row 1 has no text in 'instruction'"),
     "not text": ([dict(instruction=3, output="b")], r"row 1 has no text in 'instruction'"),
     "not an object": (["a"], r"row 1 has no text in 'instruction'"),
@@ -186,7 +195,8 @@ def test_own_rows_that_are_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.json", b"[{]", r"a\.json: not JSON \(.*line 1"), ("a.jsonl", b"{}\n\n{,", r"a\.jsonl: not JSON \(.*line 2"),
+    ("a.json", b"[{]", r"a\.json: not JSON \(.*line 1"),
+    ("a.jsonl", b"{}\n\n{,", r"a\.jsonl: not JSON \(.*line 2"),
     ("a.json", b"\xff\xfe", r"a\.json: not JSON"), ("a.json.gz", b"nothing", r"a\.json\.gz: not JSON")])
 def test_own_files_that_are_refused(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -197,4 +207,5 @@ def test_own_files_that_are_refused(name, content, message, tmp_path):
 
 
 def test_task_files_read_alike_to_the_letter():
-    assert len({inspect.getsource(module.read) for module in (own, commonsense, math_reasoning, code_generation)}) == 1
+    modules = (own, commonsense, math_reasoning, code_generation)
+    assert len({inspect.getsource(module.read) for module in modules}) == 1

@@ -10,14 +10,15 @@ import evaluate
 import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("| [")]
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")]
+        for line in README.splitlines() if line.startswith("| [")]
 COMMANDS = re.findall(r"^python (train|evaluate)\.py (.*DIR.*)$", README, re.MULTILINE)
 
 
 def test_the_table_lists_every_method_file_with_its_lines():
     listed = {re.search(r"\((.*)\)", row[0])[1]: int(row[1]) for row in ROWS}
-    files = [file.relative_to(ROOT) for file in checkpoint.method_files().values()]
-    assert listed == {str(file): len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in files}
+    assert listed == {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines())
+                      for file in checkpoint.method_files().values()}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
@@ -36,7 +37,8 @@ def test_its_commands_are_understood(program, flags, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         dict(train=train, evaluate=evaluate)[program].main(shlex.split(flags))
-    assert re.search("DIR: (found none of|not found:).* [(]?(commonsense|math|code|glue)/", capsys.readouterr().err)
+    assert re.search("DIR: (found none of|not found:).* [(]?(commonsense|math|code|glue)/",
+                     capsys.readouterr().err)
 
 
 def test_set_up_takes_the_two_commands_that_ci_runs():

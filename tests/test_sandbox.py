@@ -1,4 +1,4 @@
-"""Generated code in its sandbox: reference solutions pass, hostile and broken programs do not, and nothing of them is left."""
+"""Generated code in its sandbox: right programs pass, hostile and broken ones do not and leave nothing."""
 import os
 import re
 import tempfile
@@ -22,14 +22,15 @@ def processes():
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(entry.name)] = line.decode(errors="replace")
             except OSError:
                 pass
     return {pid: line for pid, line in found.items() if line}
 
 
 def left(before):
-    """Processes of the sandbox, or started from it, that are there and were not before; they get a second to go."""
+    """Processes of the sandbox, or started from it, that were not there before; they get a second to go."""
     for _ in range(20):
         now = {pid: line for pid, line in processes().items()
                if pid not in before and ("sandbox.py" in line or "98765" in line)}
@@ -43,8 +44,10 @@ def test_a_right_program_passes_and_a_wrong_one_does_not():
     assert sandbox.run(GOOD, TESTS, NAMES) == "passed"
     assert sandbox.run(GOOD.replace("+", "-"), TESTS, NAMES) == "AssertionError: "
     assert sandbox.run("def add(a, b) return", TESTS, NAMES).startswith("SyntaxError")
-    assert sandbox.run("import nothing_here", TESTS, NAMES) == "ModuleNotFoundError: No module named 'nothing_here'"
-    assert sandbox.run("", TESTS, NAMES) .startswith("KeyError") and sandbox.run(GOOD, TESTS, []) == "NameError: name 'add' is not defined"
+    said = sandbox.run("import nothing_here", TESTS, NAMES)
+    assert said == "ModuleNotFoundError: No module named 'nothing_here'"
+    assert sandbox.run("", TESTS, NAMES).startswith("KeyError")
+    assert sandbox.run(GOOD, TESTS, []) == "NameError: name 'add' is not defined"
     assert sandbox.run(GOOD, "assert add(1", NAMES).startswith("SyntaxError")
 
 
@@ -72,7 +75,8 @@ assert count("aab") == {"a": 2, "b": 1} and point() == (1, 2.5) and big() == 7
 assert strange() == {1: {2, 3}, (4,): [None, True, 1j, b"x", float("inf")]}
 assert match("bab") and not match("b") and not falsy()
 assert list(lazy(3)) == [0, 1, 2] and lazy(3) != [0, 1, 2]
-for f, kind in ((lambda: divide(0), ZeroDivisionError), (own, RuntimeError), (lambda: divide(1, 2), TypeError)):
+for f, kind in ((lambda: divide(0), ZeroDivisionError), (own, RuntimeError),
+                (lambda: divide(1, 2), TypeError)):
     try:
         f()
     except kind:
@@ -87,17 +91,20 @@ def test_only_the_named_functions_are_the_programs():
     shadow = "def add(a, b): return 1\ndef abs(x): return 0\ndef set(x): return 1\n"
     assert sandbox.run(shadow, "assert abs(add(1, 2) - 3) < 0.1", NAMES).startswith("AssertionError")
     assert sandbox.run(shadow, "assert set([add(1, 2)]) == set([3])", NAMES).startswith("AssertionError")
-    assert sandbox.run("def sum(x, y): return x + y", "assert sum(10, 15) == 25", ["sum"]) == "passed"      # MBPP 126
+    said = sandbox.run("def sum(x, y): return x + y", "assert sum(10, 15) == 25", ["sum"])
+    assert said == "passed"                                                                     # MBPP 126
 
 
 # What must not pass -> how its reason begins. GOOD comes first, so that nothing fails for lack of an answer.
 HOSTILE = {
     "endless loop": ("while True: pass", "no end within 1.5 s"),
     "endless loop in a call": ("def add(a, b):\n    while True: pass", "no end within 1.5 s"),
-    "endless sleep in a session of its own": ("import os, time\nos.setsid() if os.getpid() != os.getsid(0) else 0\ntime.sleep(98765)",
-                                              "no end within 1.5 s"),
+    "endless sleep in a session of its own": (
+        "import os, time\nos.setsid() if os.getpid() != os.getsid(0) else 0\ntime.sleep(98765)",
+        "no end within 1.5 s"),
     "recursion": ("def add(a, b): return add(a, b)", "RecursionError"),
-    "recursion without a limit": ("import sys\nsys.setrecursionlimit(10**9)\ndef add(a, b): return add(a, b)", ("EOFError", "no end", "MemoryError")),
+    "recursion without a limit": ("import sys\nsys.setrecursionlimit(10**9)\ndef add(a, b): return add(a, b)",
+                                  ("EOFError", "no end", "MemoryError")),
     "sys.exit(0)": ("import sys\nsys.exit(0)", "RuntimeError: 0"),
     "os._exit(0)": ("import os\nos._exit(0)", "EOFError"),
     "os._exit(0) in a call": ("import os\ndef add(a, b): os._exit(0)", "EOFError"),
@@ -107,7 +114,8 @@ seen, frame = [], sys._getframe()
 while frame:
     seen += [frame.f_locals, frame.f_globals, frame.f_code.co_consts]
     frame = frame.f_back
-found = set(re.findall("[0-9a-f]{32}", repr(seen) + repr([o for o in gc.get_objects() if isinstance(o, (str, bytes, tuple))])))
+seen += [o for o in gc.get_objects() if isinstance(o, (str, bytes, tuple))]
+found = set(re.findall("[0-9a-f]{32}", repr(seen)))
 for fd in range(64):
     for nonce in found or {"0" * 32}:
         try: os.write(fd, nonce.encode())
@@ -124,46 +132,68 @@ for fd in range(64):
     except OSError: pass
 def add(a, b): return eval(text.split(b"==")[1].split()[0])
 """, ("IndexError", "EOFError", "OSError", "BlockingIOError", "no end")),
-    "always equal": ("class Equal:\n    def __eq__(self, other): return True\ndef add(a, b): return Equal()", "AssertionError"),
-    "always equal number": ("class Equal(int):\n    def __eq__(self, other): return True\n    __hash__ = None\ndef add(a, b): return Equal(9)",
-                            "AssertionError"),
-    "printing the word": ("print('passed', flush=True)\ndef add(a, b): print('passed', flush=True)", "AssertionError"),
-    "a patched built-in": ("import builtins\nbuiltins.AssertionError = SystemExit\ndef add(a, b): return 0", "AssertionError"),
-    "a closed stdout": ("import os, sys\nsys.stdout.close(), sys.stderr.close(), os.closerange(0, 3)\ndef add(a, b): return 0", "AssertionError"),
+    "always equal": ("class Equal:\n    def __eq__(self, other): return True\ndef add(a, b): return Equal()",
+                     "AssertionError"),
+    "always equal number": ("""
+class Equal(int):
+    def __eq__(self, other): return True
+    __hash__ = None
+def add(a, b): return Equal(9)
+""", "AssertionError"),
+    "printing the word": ("print('passed', flush=True)\ndef add(a, b): print('passed', flush=True)",
+                          "AssertionError"),
+    "a patched built-in": ("import builtins\nbuiltins.AssertionError = SystemExit\ndef add(a, b): return 0",
+                           "AssertionError"),
+    "a closed stdout": ("""
+import os, sys
+sys.stdout.close(), sys.stderr.close(), os.closerange(0, 3)
+def add(a, b): return 0
+""", "AssertionError"),
     "every descriptor closed": ("import os\nos.closerange(0, 64)", "EOFError"),
     "endless output": ("while True: print('x' * 10**6)", "no end within 1.5 s"),
     "an endless result": ("def add(a, b): return 'x' * (1 << 27)", "OSError"),
     "10 GB": ("x = bytearray(10 << 30)", "MemoryError"),
-    "10 GB in small pieces": ("x = []\nwhile True: x.append('x' * 10**8 + str(len(x)))", ("MemoryError", "no end")),
+    "10 GB in small pieces": ("x = []\nwhile True: x.append('x' * 10**8 + str(len(x)))",
+                              ("MemoryError", "no end")),
     "a large file": ("open('large', 'w').write('x' * (1 << 21))", "OSError: [Errno 27] File too large"),
     "fork bomb": ("import os\nwhile True: os.fork()", "PermissionError: forbidden: os.fork"),
     "fork bomb past the hook": ("""
 import _posixsubprocess, os
 def spawn():
     for _ in range(3):
-        try: _posixsubprocess.fork_exec([b"/bin/sleep", b"98765"], [b"/bin/sleep"], True, (), None, None, -1, -1, -1, -1, -1, -1, *os.pipe(),
-                                        True, True, -1, None, None, None, -1, None, False)
+        try: _posixsubprocess.fork_exec(
+            [b"/bin/sleep", b"98765"], [b"/bin/sleep"], True, (), None, None, -1, -1, -1, -1, -1, -1,
+            *os.pipe(), True, True, -1, None, None, None, -1, None, False)
         except BlockingIOError: return "held"
     return "spawned"
 def add(a, b): return 5 if spawn() == "spawned" else 0
 """, "AssertionError"),
-    "a thread for ever": ("import threading, time\nthreading.Thread(target=time.sleep, args=(98765,)).start()", "RuntimeError: can't start new thread"),
-    "a child that outlives its parent": ("import subprocess\nsubprocess.Popen(['sleep', '98765'], start_new_session=True)",
-                                         "PermissionError: forbidden: subprocess.Popen"),
+    "a thread for ever": (
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(98765,)).start()",
+        "RuntimeError: can't start new thread"),
+    "a child that outlives its parent": (
+        "import subprocess\nsubprocess.Popen(['sleep', '98765'], start_new_session=True)",
+        "PermissionError: forbidden: subprocess.Popen"),
     "os.system": ("import os\nos.system('sleep 98765 &')", "PermissionError: forbidden: os.system"),
-    "os.posix_spawn": ("import os\nos.posix_spawn('/bin/sleep', ['sleep', '98765'], {})", "PermissionError: forbidden: os.posix_spawn"),
+    "os.posix_spawn": ("import os\nos.posix_spawn('/bin/sleep', ['sleep', '98765'], {})",
+                       "PermissionError: forbidden: os.posix_spawn"),
     "killing its parent": ("import os\nos.kill(os.getppid(), 9)", "PermissionError: forbidden: os.kill"),
     "killing its group": ("import os\nos.killpg(0, 9)", "PermissionError: forbidden: os.kill"),
     "a socket": ("import socket\nsocket.socket()", "PermissionError: forbidden: socket.__new__"),
     "calling C": ("import ctypes\nctypes.CDLL(None).kill(1, 0)", "PermissionError: forbidden: ctypes"),
-    "the parent's environment by /proc": ("import os\nx = open(f'/proc/{os.getppid()}/environ').read()", "PermissionError: forbidden: open /proc"),
+    "the parent's environment by /proc": ("import os\nx = open(f'/proc/{os.getppid()}/environ').read()",
+                                          "PermissionError: forbidden: open /proc"),
     "a pipe outside": ("import os\nos.mkfifo('../98765')", "AttributeError"),
     "shared memory": ("import _posixshmem", "ModuleNotFoundError"),
-    "a database": ("import sqlite3\nsqlite3.connect('../98765.db')", "PermissionError: forbidden: sqlite3.connect"),
-    "a process's limits": ("import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU)", "PermissionError: forbidden: resource.prlimit"),
+    "a database": ("import sqlite3\nsqlite3.connect('../98765.db')",
+                   "PermissionError: forbidden: sqlite3.connect"),
+    "a process's limits": ("import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU)",
+                           "PermissionError: forbidden: resource.prlimit"),
     "a signal by descriptor": ("import os\nos.pidfd_open(os.getppid())", "AttributeError"),
-    "deep directories": ("import os\nfor i in range(300):\n    os.mkdir('d/' * i + 'd')\nassert False", "AssertionError"),
-    "a link to /proc": ("import os\nos.symlink('/proc/self/environ', 'x')", "PermissionError: forbidden: os.symlink"),
+    "deep directories": ("import os\nfor i in range(300):\n    os.mkdir('d/' * i + 'd')\nassert False",
+                         "AssertionError"),
+    "a link to /proc": ("import os\nos.symlink('/proc/self/environ', 'x')",
+                        "PermissionError: forbidden: os.symlink"),
     "no answer": ("def add(a): return a", "TypeError: add() takes 1 positional argument"),
 }
 
@@ -179,23 +209,34 @@ def test_a_hostile_or_broken_program_does_not_pass_and_nothing_is_left(name, tmp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("write", ["open({!r}, 'w')", "open({!r}, 'ab')", "import os\nos.open({!r}, os.O_CREAT)", "import os\nos.mkdir({!r})",
-                                   "import os\nos.open({!r}[1:], os.O_CREAT, dir_fd=os.open('/', 0))",
-                                   "import pathlib\npathlib.Path({!r}).touch()", "import os\nopen('x', 'w').close()\nos.rename('x', {!r})"])
+@pytest.mark.parametrize("write", [
+    "open({!r}, 'w')", "open({!r}, 'ab')", "import os\nos.open({!r}, os.O_CREAT)",
+    "import os\nos.mkdir({!r})", "import os\nos.open({!r}[1:], os.O_CREAT, dir_fd=os.open('/', 0))",
+    "import pathlib\npathlib.Path({!r}).touch()", "import os\nopen('x', 'w').close()\nos.rename('x', {!r})"])
 def test_writing_outside_its_directory_is_reported_and_does_not_happen(write, tmp_path):
     tmp_path.chmod(0o777)
     target = tmp_path / "written"
-    program = "try:\n    " + write.format(str(target)).replace("\n", "\n    ") + f"\nexcept BaseException: pass\n{GOOD}"
-    assert sandbox.run(program, TESTS, NAMES).startswith("PermissionError: forbidden: o") and not target.exists()
+    body = write.format(str(target)).replace("\n", "\n    ")
+    said = sandbox.run(f"try:\n    {body}\nexcept BaseException: pass\n{GOOD}", TESTS, NAMES)
+    assert said.startswith("PermissionError: forbidden: o") and not target.exists()
 
 
 def test_writing_inside_is_allowed():
-    assert sandbox.run(GOOD + "import os\nopen('x', 'w').write('y' * 1000)\nos.rename('x', 'z')\nos.remove('z')\nopen(os.devnull, 'w')", TESTS, NAMES) == "passed"
+    writing = """
+import os
+open('x', 'w').write('y' * 1000)
+os.rename('x', 'z')
+os.remove('z')
+open(os.devnull, 'w')
+"""
+    assert sandbox.run(GOOD + writing, TESTS, NAMES) == "passed"
 
 
 def test_the_environment_is_scrubbed(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
-    assert sandbox.run("import os\ndef names(): return sorted(os.environ)", "assert 'HF_TOKEN' not in names() and len(names()) < 8, names()", ["names"]) == "passed"
+    assert sandbox.run("import os\ndef names(): return sorted(os.environ)",
+                       "assert 'HF_TOKEN' not in names() and len(names()) < 8, names()",
+                       ["names"]) == "passed"
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can change its user")
@@ -208,7 +249,8 @@ def shadow():
     except PermissionError: pass
     return os.access("/etc/shadow", os.W_OK)
 """
-    assert sandbox.run(who, f"assert ids() == (({sandbox.NOBODY},) * 3, ({sandbox.NOBODY},) * 3, []) and shadow() is False",
+    nobody = (sandbox.NOBODY,) * 3
+    assert sandbox.run(who, f"assert ids() == {(nobody, nobody, [])} and shadow() is False",
                        ["ids", "shadow"]) == "passed"
     monkeypatch.setattr(sandbox, "can_change_user", lambda: False)
     with pytest.raises(RuntimeError, match="root cannot become user"):
@@ -244,7 +286,7 @@ def test_some_mbpp_reference_solutions_pass(shared_data):
 
 @pytest.mark.slow
 def test_163_of_164_humaneval_plus_reference_solutions_pass(shared_data):
-    """The test of HumanEval/32 is broken upstream: it calls poly(*[coefficients, x]) with a number unpacked."""
+    """HumanEval/32's test is broken upstream: it calls poly(*[coefficients, x]) with a number unpacked."""
     assert list(failures(jobs(shared_data, "humanevalplus", 164))) == ["HumanEval/32"]
 
 

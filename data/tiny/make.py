@@ -1,11 +1,11 @@
 """
-Makes the bundled model: a LLaMA of 0.7M parameters, pretrained on one-step word problems (data/arithmetic.py).
+Makes the bundled model: a LLaMA of 0.7M parameters, pretrained on data/arithmetic.py's one-step problems.
 
     python data/tiny/make.py OUT_DIR         # about 8 minutes on 2 cores
 
 It is judged by what it can do, which is printed at the end: one-step problems, and hardly any two-step ones.
-The tokenizer is a byte-level BPE trained on such problems, with digits apart; the prompt template's two fixed parts
-are one token each, so the template costs the small model next to nothing.
+The tokenizer is a byte-level BPE trained on such problems, with digits apart; the prompt template's two fixed
+parts are one token each, so the template costs the small model next to nothing.
 """
 import json
 import random
@@ -24,7 +24,7 @@ from model import Tokenizer as OurTokenizer
 from model import build
 
 STEPS, BATCH, LR, WARMUP = 2000, 64, 3e-3, 100
-LEADS = ("", "", "Let us see. ", "We count. ", "First we write it down: ", "So ")     # so a sum has no fixed place
+LEADS = ("", "", "Let us see. ", "We count. ", "First we write it down: ", "So ")   # no fixed place for a sum
 CONFIG = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", hidden_size=128,
               intermediate_size=320, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
               max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True,
@@ -39,26 +39,29 @@ def make_tokenizer(rows):
     before, after = PROMPT.split("{instruction}")
     trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<eos>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tok.train_from_iterator([text for row in rows for text in (row["instruction"], row["output"], *LEADS)], trainer)
+    texts = [text for row in rows for text in (row["instruction"], row["output"], *LEADS)]
+    tok.train_from_iterator(texts, trainer)
     tok.add_tokens([AddedToken(before, normalized=False), AddedToken(after, normalized=False)])
     return tok
 
 
 def accuracy(model, tok, split, steps):
     rows = arithmetic.generate(split, 256, steps, seed=1)
-    outputs = generate(model, [prompt_ids(tok, row) for row in rows], arithmetic.MAX_NEW_TOKENS, tok.eos, tok.size)
+    prompts = [prompt_ids(tok, row) for row in rows]
+    outputs = generate(model, prompts, arithmetic.MAX_NEW_TOKENS, tok.eos, tok.size)
     return arithmetic.score([tok.decode(ids) for ids in outputs], rows)["accuracy"]
 
 
 def main(out):
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    # Numbers are half spelled out, half digits: so the sum is done on the digits that the answer writes, not on the
-    # story's, and a second sum can be. Each problem is seen twice.
+    # Numbers are half spelled out, half digits: so the sum is done on the digits that the answer writes, not
+    # on the story's, and a second sum can be. Each problem is seen twice.
     rows = arithmetic.generate("train", STEPS * BATCH // 2, steps=1, seed=0, words=0.5)
     make_tokenizer(rows[:4000]).save(str(out / "tokenizer.json"))
     vocabulary = Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab_size()
-    (out / "config.json").write_text(json.dumps(dict(CONFIG, vocab_size=-(-vocabulary // 8) * 8), indent=2) + "\n")
+    config = dict(CONFIG, vocab_size=-(-vocabulary // 8) * 8)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     model = build(json.loads((out / "config.json").read_text()))
     tok = OurTokenizer(out, model.cfg)
     for p in model.parameters():
