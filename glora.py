@@ -30,10 +30,12 @@ Left open by the paper: the direction of Eq. 10, descending; the gradient of Eq.
     optimizer steps, scores averaged over the stage, magnitudes where there was none; Table 4's
     `grad` and `fisher`, mean |g| and g²; Table 6 at stage 0, L's choice among the triplets that G
     left; "full fine-tuning" of a region, one block that starts at 0 and stays; the randomized SVD,
-    a sketch of oversample · r columns, two power iterations, exact at stage 0; optimizer state, L's
-    dropped and G's kept; scale, none; dropout's place, on x, one mask for both. With dropout the
-    start is not the pretrained function, as the adapters hold weight: the default is 0. A triplet
-    of σ = 0 has no gradient: a weight of lower rank wastes those of a `bottom` start.
+    a sketch of oversample · r columns, two power iterations, exact at stage 0 and for trailing
+    triplets, which no sketch finds (Table 6 at `svd randomized`); optimizer state, L's dropped and
+    G's kept; scale, none; dropout's place, on x, one mask for both. With dropout the start is not
+    the pretrained function, as the adapters hold weight; weight decay, for the same reason, shrinks
+    W itself: the default of both is 0. A triplet of σ = 0 has no gradient: a weight of lower rank
+    wastes those of a `bottom` start.
 """
 import warnings
 
@@ -77,10 +79,10 @@ def take_end(order, k, where):
     return (first, last) if where == "top" else (last, first)
 
 
-def region_svd(M, k, svd, oversample, local_init):
+def region_svd(M, k, svd, oversample, local_init, **_):
     """The k triplets of a region M (n, m) that its local adapter starts on (Eq. 13)."""
     width = oversample * k
-    if svd == "exact" or width >= min(M.shape):
+    if svd == "exact" or local_init == "bottom" or width >= min(M.shape):
         return exact_svd(M, take_end(torch.arange(min(M.shape)), k, local_init)[0])
     U, S, V = torch.svd_lowrank(M, q=width, niter=2)        # Halko et al. 2011
     return U[:, :k], S[:k], V[:, :k]
@@ -178,12 +180,11 @@ class GLoRALinear(nn.Module):
     @torch.no_grad()
     def write(self, A, B):
         """W = pretrained + B A, rounded once whatever the number of stages; returned unrounded."""
-        W = self.base.weight
         if self.pretrained is None:
-            self.pretrained = W.detach().to("cpu", copy=True)
-        exact = self.pretrained.to(W.device, A.dtype) + B @ A
-        W.copy_(exact)
-        return exact
+            self.pretrained = self.base.weight.detach().to("cpu", copy=True)
+        W = self.pretrained.to(A) + B @ A
+        self.base.weight.copy_(W)
+        return W
 
 
 def find(model, targets):
@@ -224,7 +225,7 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, ratio="3:1", svd="e
     """
     Freeze the model, wrap its targets in place; base.weight becomes W_res, by one SVD each.
     ValueError for an alpha (no scale is printed), a bad target, dropout or choice, a rank
-    outside 1..min(in, out), a ratio that does not divide it, a randomized SVD's trailing triplets.
+    outside 1..min(in, out), a ratio that does not divide it.
     """
     own = dict(ratio=ratio, svd=svd, oversample=oversample, importance=importance,
                importance_window=importance_window, global_init=global_init, local_init=local_init)
@@ -238,7 +239,7 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, ratio="3:1", svd="e
     if oversample < 1:
         raise ValueError(f"oversample {oversample}, expected at least 1")
     if svd == "randomized" and local_init == "bottom":
-        raise ValueError("local_init bottom needs svd exact: randomized finds leading triplets")
+        warnings.warn("svd randomized finds leading triplets: local_init bottom uses the exact one")
     found = find(model, targets)
     for name, base in found.items():
         if not 1 <= rank <= min(base.weight.shape):
@@ -284,10 +285,8 @@ def reinit(model, optimizer):
         columns = layer.lora_columns[most_important(scores[1], 1)]
         W = layer.move(+1)                                                      # Eq. 11
         M, r = W[columns][:, rows], 2 * len(A)                                  # Eq. 12, r_l^{i+1}
-        pair = None, torch.zeros_like(M)
-        if not is_dense(r, *M.shape):
-            how = (layer.own[key] for key in ("svd", "oversample", "local_init"))
-            pair = balanced(*region_svd(M, r, *how))                            # Eqs. 13, 14
+        pair = ((None, torch.zeros_like(M)) if is_dense(r, *M.shape) else
+                balanced(*region_svd(M, r, **layer.own)))                       # Eqs. 13, 14
         layer.start(rows, columns, *pair)
         layer.move(-1)                                                          # Eqs. 14, 15
         replace(optimizer, A, layer.lora_local_A)

@@ -159,7 +159,6 @@ def test_the_ratio_splits_the_rank(rank, ratio, ranks):
     (4, dict(oversample=0), "oversample 0"), (4, dict(svd="x"), "svd 'x', expected one of exact, randomized"),
     (4, dict(importance="x"), "importance 'x', expected one of taylor"),
     (4, dict(importance_window="x"), "importance_window 'x'"), (4, dict(global_init="x"), "global_init 'x'"),
-    (4, dict(svd="randomized", local_init="bottom"), "randomized finds leading"),
     (4, dict(local_init="x"), "local_init 'x'"), (4, dict(alpha=8), "no alpha")])
 def test_bad_settings_leave_the_model_as_it_was(rank, own, message):
     model = nn.Sequential(nn.Linear(20, 24), nn.Linear(24, 20))
@@ -661,3 +660,21 @@ def test_a_stage_of_another_model_is_refused():
             ("columns", tensors["0.lora_columns"][:0], "tensor 0.lora_columns")):
         with pytest.raises(ValueError, match=message):
             glora.restore(injected(48, 40, 8)[0], tensors | {f"0.lora_{key}": value})
+
+
+# ---------------------------------------------------------------------- what is said, freed and kept
+
+def test_bottom_triplets_come_from_the_exact_route_whatever_the_svd_which_is_told_at_the_start(monkeypatch):
+    """Table 6 with the randomized variant's figures: a sketch holds leading triplets only."""
+    with pytest.warns(UserWarning, match="local_init bottom uses the exact one"):
+        model, optimizer, _ = injected(96, 128, 4, svd="randomized", oversample=1, local_init="bottom")
+    monkeypatch.setattr(torch, "svd_lowrank", lambda *a, **k: pytest.fail("a sketch"))
+    stage(model, optimizer)
+    merged = model[0].base.weight.detach() + product(model[0])
+    glora.reinit(model, optimizer)
+    rows, columns = model[0].lora_rows, model[0].lora_columns
+    U, S, Vh = torch.linalg.svd(merged[columns][:, rows], full_matrices=False)
+    torch.testing.assert_close(product(model[0])[columns][:, rows], U[:, -2:] * S[-2:] @ Vh[-2:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        injected(svd="randomized"), injected(local_init="bottom")
