@@ -264,6 +264,7 @@ def observe(model, t, T):
     for layer in layers(model).values():
         A, B = layer.lora_local_A, layer.lora_local_B
         if A is None or A.grad is None or B.grad is None:
+            layer.scores = layer.scores or []           # observed, without a gradient
             continue
         scores = [IMPORTANCE[layer.own["importance"]](L, L.grad) for L in (A, B)]
         if layer.scores and layer.own["importance_window"] == "stage":
@@ -274,12 +275,13 @@ def observe(model, t, T):
 @torch.no_grad()
 def reinit(model, optimizer):
     """The next stage of every local adapter (Eqs. 10 - 15); a dense one stays as it is (§3.2.2)."""
+    silent = []
     for name, layer in layers(model).items():
         A, B, scores = layer.lora_local_A, layer.lora_local_B, layer.scores
         if A is None:
             continue
-        if scores is None or not all(score.any() for score in scores):
-            warnings.warn(f"{name}: a stage without gradients, its region is cut by magnitude")
+        if not scores or not all(score.any() for score in scores):
+            silent.append("observe was not called" if scores is None else f"no gradient at {name}")
             scores = A.abs(), B.abs()
         rows = layer.lora_rows[most_important(scores[0], 0)]                    # Eq. 10
         columns = layer.lora_columns[most_important(scores[1], 1)]
@@ -291,6 +293,8 @@ def reinit(model, optimizer):
         layer.move(-1)                                                          # Eqs. 14, 15
         replace(optimizer, A, layer.lora_local_A)
         replace(optimizer, B, layer.lora_local_B)
+    if silent:
+        warnings.warn(f"{silent[0]} in this stage; regions cut by magnitude: {len(silent)}")
 
 
 def replace(optimizer, old, new):

@@ -477,7 +477,7 @@ def test_a_stage_in_which_no_gradient_arrived_is_cut_by_magnitude_with_a_warning
     glora.observe(model, 1, 1)
     layer.lora_local_B.grad = None
     glora.observe(model, 2, 2)                                              # nothing to add, no crash
-    with pytest.warns(UserWarning, match="^0: a stage without gradients"):
+    with pytest.warns(UserWarning, match="^no gradient at 0 in this stage; regions cut by magnitude: 1"):
         glora.reinit(model, optimizer)
     assert layer.lora_rows.tolist() == A.norm(dim=0).argsort(descending=True)[:24].sort().values.tolist()
     assert layer.lora_columns.tolist() == B.norm(dim=1).argsort(descending=True)[:16].sort().values.tolist()
@@ -663,6 +663,38 @@ def test_a_stage_of_another_model_is_refused():
 
 
 # ---------------------------------------------------------------------- what is said, freed and kept
+
+def two_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 20), nn.Linear(20, 16)).double()
+    glora.inject(model, ("0", "1"), 4)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+
+
+@pytest.mark.parametrize("observed, message", [
+    (False, "observe was not called in this stage; regions cut by magnitude: 2"),
+    (True, "no gradient at 0 in this stage; regions cut by magnitude: 2")])
+def test_a_stage_without_scores_is_told_once_and_with_its_cause(observed, message):
+    model, optimizer = two_layers()
+    for _ in range(2):                                                      # anew in every stage
+        if observed:
+            glora.observe(model, 1, 1)
+        else:
+            model(torch.randn(3, 24).double()).sum().backward()
+        with pytest.warns(UserWarning) as told:
+            glora.reinit(model, optimizer)
+        assert [str(warning.message) for warning in told] == [message]
+
+
+def test_a_module_that_no_gradient_reaches_is_named_and_the_others_keep_their_scores():
+    model, optimizer = two_layers()
+    model[1](torch.randn(3, 20).double()).square().sum().backward()
+    glora.observe(model, 1, 1)
+    best = [glora.most_important(score, dim).tolist() for dim, score in enumerate(model[1].scores)]
+    with pytest.warns(UserWarning, match="^no gradient at 0 in this stage; regions cut by magnitude: 1"):
+        glora.reinit(model, optimizer)
+    assert [model[1].lora_rows.tolist(), model[1].lora_columns.tolist()] == best
+
 
 def test_bottom_triplets_come_from_the_exact_route_whatever_the_svd_which_is_told_at_the_start(monkeypatch):
     """Table 6 with the randomized variant's figures: a sketch holds leading triplets only."""
