@@ -310,6 +310,7 @@ def merge(model):
     """Write every whole update into its weight, rounded once, and put the plain nn.Linear back."""
     for name, layer in layers(model).items():
         layer.write(*layer.total())
+        layer.pretrained = None                 # its memory, before the next weight is computed
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.base)
 

@@ -1,6 +1,7 @@
 """What the G-LoRA paper says: where its adapters start, how the local one shrinks, what ranks that gives."""
 import copy
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -710,3 +711,27 @@ def test_bottom_triplets_come_from_the_exact_route_whatever_the_svd_which_is_tol
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         injected(svd="randomized"), injected(local_init="bottom")
+
+
+def test_a_reinit_leaves_the_new_factors_without_a_gradient_and_the_global_ones_with_theirs():
+    model, optimizer = two_layers()
+    model(torch.randn(3, 24).double()).square().sum().backward()
+    glora.observe(model, 1, 1)
+    kept = [(p, p.grad.clone()) for layer in model for p in (layer.lora_global_A, layer.lora_global_B)]
+    glora.reinit(model, optimizer)
+    assert all(torch.equal(p.grad, grad) for p, grad in kept)
+    assert all(p.grad is None for layer in model for p in (layer.lora_local_A, layer.lora_local_B))
+
+
+def test_merge_frees_each_copy_of_a_pretrained_weight_before_the_next_weight_is_computed(monkeypatch):
+    model, _ = two_layers()
+    copies, write = [weakref.ref(layer.pretrained) for layer in model], glora.GLoRALinear.write
+    alive = []
+
+    def spy(layer, A, B):
+        alive.append([copy() is not None for copy in copies])
+        return write(layer, A, B)
+
+    monkeypatch.setattr(glora.GLoRALinear, "write", spy)
+    glora.merge(model)
+    assert alive == [[True, True], [False, True]]
