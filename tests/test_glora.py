@@ -735,3 +735,43 @@ def test_merge_frees_each_copy_of_a_pretrained_weight_before_the_next_weight_is_
     monkeypatch.setattr(glora.GLoRALinear, "write", spy)
     glora.merge(model)
     assert alive == [[True, True], [False, True]]
+
+
+@pytest.mark.parametrize("ratio, stages", [("3:1", 2), ("1:3", 1)])
+def test_a_region_is_decomposed_before_it_is_rounded(ratio, stages):
+    """
+    Eqs. 12 - 14 on a bf16 base: L is made of the largest triplets of the unrounded region M, M Lᵀ = L Lᵀ and
+    Mᵀ L = Lᵀ L with M's σ, to float32's rounding of sums of 128 terms, which is 2⁻¹⁶ of bfloat16's.
+    """
+    model, optimizer, W = injected(96, 128, 8, dtype=torch.bfloat16, ratio=ratio)
+    layer = model[0]
+    for _ in range(stages):
+        stage(model, optimizer)
+        A, B = (torch.cat(pair, dim).double() for dim, pair in enumerate(zip(
+            (layer.lora_fixed_A, layer.lora_fixed_B), layer.local())))
+        merged = W.double() + B @ A                                                     # Eq. 11
+        glora.reinit(model, optimizer)
+        L = (layer.lora_local_B.double() @ layer.lora_local_A.double()).detach()
+        M = merged[layer.lora_columns][:, layer.lora_rows]
+        k, sigma = len(layer.lora_local_A), torch.linalg.svdvals(M)
+        bound = 128 * torch.finfo(torch.float32).eps * sigma[0].item()
+        torch.testing.assert_close(torch.linalg.svdvals(L)[:k], sigma[:k], rtol=0, atol=bound)
+        for X, Y in ((M, L), (M.T, L.T)):
+            assert torch.linalg.matrix_norm((X - Y) @ Y.T, 2) < bound * sigma[0]
+
+
+def test_dropout_never_reaches_the_frozen_weight_at_any_stage():
+    model, optimizer, _ = injected(32, 24, 4, dropout=0.5)
+    layer, seen, kinds = model[0], [], set()
+    layer.base.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    for s in range(4):
+        x = torch.randn(50, 24).double()
+        torch.manual_seed(s)
+        y = model(x)
+        torch.manual_seed(s)
+        torch.testing.assert_close(y, layer.base(x) + layer.dropout(x) @ layer.delta().T)
+        assert seen[-2] is x and not torch.equal(layer.dropout(x), x)
+        kinds.add(layer.lora_local_A is None)
+        stage(model, optimizer)
+        glora.reinit(model, optimizer)
+    assert kinds == {True, False}
