@@ -18,7 +18,8 @@ Notation (paper, y = x W  ->  here, y = x Wᵀ: its rows are input features, its
     π_r, π_c     lora_rows (m), lora_columns (n): R, C, the features they put first, in any order
     W_res        base.weight = pretrained + lora_fixed_B lora_fixed_A, rounded once. These hold, at
                  full width, what G and every L took at their start, and what every merged L became:
-                 r_g + r_l (3 · 2^s - 2) ranks; 98 at rank 8, 3:1, after 4 re-initialisations.
+                 r_g + r_l (3 · 2^s - 2) ranks; 98 at rank 8, 3:1, after 4 re-initialisations, 278
+                 at 1:3: 1.17 GB for LLaMA2-7B's q, k, v, o, in memory and on disk.
 
 Differs from the paper: Eq. 2 sums the local adapters of all stages and Eq. 11 merges each of them
     into W_res, which counts them twice: here one is live, and the earlier ones are in W_res.
@@ -29,10 +30,12 @@ Left open by the paper: the direction of Eq. 10, descending; the gradient of Eq.
     optimizer steps, scores averaged over the stage, magnitudes where there was none; Table 4's
     `grad` and `fisher`, mean |g| and g²; Table 6 at stage 0, L's choice among the triplets that G
     left; "full fine-tuning" of a region, one block that starts at 0 and stays; the randomized SVD,
-    a sketch of oversample · r columns, two power iterations, exact at stage 0; optimizer state, L's
-    dropped and G's kept; scale, none; dropout's place, on x, one mask for both. With dropout the
-    start is not the pretrained function, as the adapters hold weight: the default is 0. A triplet
-    of σ = 0 has no gradient: a weight of lower rank wastes those of a `bottom` start.
+    a sketch of oversample · r columns, two power iterations, exact at stage 0 and for trailing
+    triplets, which no sketch finds (Table 6 at `svd randomized`); optimizer state, L's dropped and
+    G's kept; scale, none; dropout's place, on x, one mask for both. With dropout the start is not
+    the pretrained function, as the adapters hold weight; weight decay, for the same reason, shrinks
+    W itself: the default of both is 0. A triplet of σ = 0 has no gradient: a weight of lower rank
+    wastes those of a `bottom` start.
 """
 import warnings
 
@@ -76,10 +79,10 @@ def take_end(order, k, where):
     return (first, last) if where == "top" else (last, first)
 
 
-def region_svd(M, k, svd, oversample, local_init):
+def region_svd(M, k, svd, oversample, local_init, **_):
     """The k triplets of a region M (n, m) that its local adapter starts on (Eq. 13)."""
     width = oversample * k
-    if svd == "exact" or width >= min(M.shape):
+    if svd == "exact" or local_init == "bottom" or width >= min(M.shape):
         return exact_svd(M, take_end(torch.arange(min(M.shape)), k, local_init)[0])
     U, S, V = torch.svd_lowrank(M, q=width, niter=2)        # Halko et al. 2011
     return U[:, :k], S[:k], V[:, :k]
@@ -122,7 +125,7 @@ class GLoRALinear(nn.Module):
         pair = (None, torch.zeros_like(W)) if is_dense(r_l, o, i) else (L_A.clone(), L_B.clone())
         self.start(torch.arange(i, device=W.device), torch.arange(o, device=W.device), *pair)
         if not W.is_meta:
-            self.take_out()
+            self.move(-1)
 
     def start(self, rows, columns, A, B):
         """A local adapter on this region: A (r, m), B (n, r), or no A and B (n, m), dense."""
@@ -165,31 +168,23 @@ class GLoRALinear(nn.Module):
         A, B = self.live()
         return B @ A                                                            # (o, i)
 
-    def region(self, rows, columns):
-        """W_res on these features, (n, m), before it is rounded (Eq. 12)."""
-        W = self.pretrained[columns.cpu()[:, None], rows.cpu()].to(self.lora_fixed_A)
-        return W + self.lora_fixed_B[columns] @ self.lora_fixed_A[:, rows]
-
     @torch.no_grad()
-    def record(self, sign):
-        """The local factors, with this sign, become part of W_res at the next write."""
-        A, B = self.local()
-        self.lora_fixed_A = torch.cat((self.lora_fixed_A, A))
-        self.lora_fixed_B = torch.cat((self.lora_fixed_B, sign * B), 1)
-
-    def take_out(self):
-        """What the local adapter starts with leaves the frozen weight (Eqs. 14, 15)."""
+    def move(self, sign):
+        """L enters (+1, Eq. 11) or leaves (-1, Eqs. 14, 15) W_res, which is returned unrounded."""
         if self.lora_local_A is not None:               # a dense one starts at 0
-            self.record(-1)
-        self.write(self.lora_fixed_A, self.lora_fixed_B)
+            A, B = self.local()
+            self.lora_fixed_A = torch.cat((self.lora_fixed_A, A))
+            self.lora_fixed_B = torch.cat((self.lora_fixed_B, sign * B), 1)
+        return self.write(self.lora_fixed_A, self.lora_fixed_B)
 
     @torch.no_grad()
     def write(self, A, B):
-        """W = pretrained + B A, rounded once whatever the number of stages."""
-        W = self.base.weight
+        """W = pretrained + B A, rounded once whatever the number of stages; returned unrounded."""
         if self.pretrained is None:
-            self.pretrained = W.detach().to("cpu", copy=True)
-        W.copy_(self.pretrained.to(W.device, A.dtype) + B @ A)
+            self.pretrained = self.base.weight.detach().to("cpu", copy=True)
+        W = self.pretrained.to(A) + B @ A
+        self.base.weight.copy_(W)
+        return W
 
 
 def find(model, targets):
@@ -230,7 +225,7 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, ratio="3:1", svd="e
     """
     Freeze the model, wrap its targets in place; base.weight becomes W_res, by one SVD each.
     ValueError for an alpha (no scale is printed), a bad target, dropout or choice, a rank
-    outside 1..min(in, out), a ratio that does not divide it, a randomized SVD's trailing triplets.
+    outside 1..min(in, out), a ratio that does not divide it.
     """
     own = dict(ratio=ratio, svd=svd, oversample=oversample, importance=importance,
                importance_window=importance_window, global_init=global_init, local_init=local_init)
@@ -244,7 +239,7 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, ratio="3:1", svd="e
     if oversample < 1:
         raise ValueError(f"oversample {oversample}, expected at least 1")
     if svd == "randomized" and local_init == "bottom":
-        raise ValueError("local_init bottom needs svd exact: randomized finds leading triplets")
+        warnings.warn("svd randomized finds leading triplets: local_init bottom uses the exact one")
     found = find(model, targets)
     for name, base in found.items():
         if not 1 <= rank <= min(base.weight.shape):
@@ -269,6 +264,7 @@ def observe(model, t, T):
     for layer in layers(model).values():
         A, B = layer.lora_local_A, layer.lora_local_B
         if A is None or A.grad is None or B.grad is None:
+            layer.scores = layer.scores or []           # observed, without a gradient
             continue
         scores = [IMPORTANCE[layer.own["importance"]](L, L.grad) for L in (A, B)]
         if layer.scores and layer.own["importance_window"] == "stage":
@@ -279,25 +275,26 @@ def observe(model, t, T):
 @torch.no_grad()
 def reinit(model, optimizer):
     """The next stage of every local adapter (Eqs. 10 - 15); a dense one stays as it is (§3.2.2)."""
+    silent = []
     for name, layer in layers(model).items():
         A, B, scores = layer.lora_local_A, layer.lora_local_B, layer.scores
         if A is None:
             continue
-        if scores is None or not all(score.any() for score in scores):
-            warnings.warn(f"{name}: a stage without gradients, its region is cut by magnitude")
+        if not scores or not all(score.any() for score in scores):
+            silent.append("observe was not called" if scores is None else f"no gradient at {name}")
             scores = A.abs(), B.abs()
         rows = layer.lora_rows[most_important(scores[0], 0)]                    # Eq. 10
         columns = layer.lora_columns[most_important(scores[1], 1)]
-        layer.record(+1)                                                        # Eq. 11
-        M, r = layer.region(rows, columns), 2 * len(A)                          # Eq. 12, r_l^{i+1}
-        pair = None, torch.zeros_like(M)
-        if not is_dense(r, *M.shape):
-            how = (layer.own[key] for key in ("svd", "oversample", "local_init"))
-            pair = balanced(*region_svd(M, r, *how))                            # Eqs. 13, 14
+        W = layer.move(+1)                                                      # Eq. 11
+        M, r = W[columns][:, rows], 2 * len(A)                                  # Eq. 12, r_l^{i+1}
+        pair = ((None, torch.zeros_like(M)) if is_dense(r, *M.shape) else
+                balanced(*region_svd(M, r, **layer.own)))                       # Eqs. 13, 14
         layer.start(rows, columns, *pair)
-        layer.take_out()                                                        # Eqs. 14, 15
+        layer.move(-1)                                                          # Eqs. 14, 15
         replace(optimizer, A, layer.lora_local_A)
         replace(optimizer, B, layer.lora_local_B)
+    if silent:
+        warnings.warn(f"{silent[0]} in this stage; regions cut by magnitude: {len(silent)}")
 
 
 def replace(optimizer, old, new):
@@ -313,6 +310,7 @@ def merge(model):
     """Write every whole update into its weight, rounded once, and put the plain nn.Linear back."""
     for name, layer in layers(model).items():
         layer.write(*layer.total())
+        layer.pretrained = None                 # its memory, before the next weight is computed
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.base)
 

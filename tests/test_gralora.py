@@ -256,3 +256,24 @@ def test_a_saved_adapter_loads_into_peft(k, hybrid, tmp_path):
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "peft")).double().eval()
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits)
     assert (theirs(ids).logits - tiny_llama()(ids).logits).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------------- the choice of k, and its bounds
+
+@pytest.mark.parametrize("rank, hybrid, k", [(16, 8, 2), (64, 32, 4), (32, 28, 2)])
+def test_k_is_chosen_from_the_whole_rank_whatever_part_of_it_is_hybrid(rank, hybrid, k):
+    """§3.4 names the rank, of which §3.5 gives a part to LoRA: Table 2's hybrid row keeps rank 16's k."""
+    model = nn.Sequential(nn.Linear(64, 64))
+    gralora.inject(model, ("0",), rank, k=0, hybrid=hybrid)
+    assert model[0].k == gralora.blocks_for(rank) == k != gralora.blocks_for(rank - hybrid)
+    assert model[0].lora_A.shape == (rank - hybrid, 64) and model[0].lora_A_general.shape == (hybrid, 64)
+
+
+@pytest.mark.parametrize("k", [21, 24, 40, 48, 10**6])
+def test_more_blocks_than_features_are_refused(k):
+    """k divides rank - hybrid, which is at most min(in, out)."""
+    model = nn.Sequential(nn.Linear(20, 24), nn.Linear(24, 20))
+    for rank in (6, 20):
+        with pytest.raises(ValueError, match=f"k {k} does not divide rank - hybrid = {rank} of 0"):
+            gralora.inject(model, ("0", "1"), rank, k=k)
+    assert [type(m) for m in model] == [nn.Linear] * 2 and all(p.requires_grad for p in model.parameters())
