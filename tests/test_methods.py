@@ -439,7 +439,7 @@ def test_a_moved_model_takes_along_all_that_forward_uses(case):
 
 # ------------------------------------------------------------------------------------ what inject refuses
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_target_that_matches_nothing_is_an_error(name):
     method = load(name)
     with pytest.raises(ValueError, match="'k_proj' matches no"):
