@@ -521,3 +521,17 @@ def test_a_family_names_the_sets_that_are_not_there(shared_data, tmp_path, capsy
     assert "after_accuracy" not in summary
     assert ("not found: social_i_qa (commonsense/social_i_qa.json, from LLM-Adapters, "
             "dataset/social_i_qa/test.json); the mean is over the others") in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ Lion's constants
+
+@pytest.mark.parametrize("gradients, sign", [
+    ((1, -0.449), 1), ((1, -0.451), -1),            # 0.9 · 0.05 + 0.1 g changes its sign at g = -0.45,
+    ((1, 0, -0.427), 1), ((1, 0, -0.428), -1)])     # 0.9 · 0.95 · 0.05 + 0.1 g at g = -0.4275
+def test_lions_last_step_turns_where_betas_of_0_9_and_0_95_put_it(gradients, sign):
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = train.Lion([p], lr=0.5)
+    for g in gradients:
+        before, p.grad = p.item(), torch.tensor([float(g)])
+        optimizer.step()
+    assert p.item() - before == -sign * 0.5
