@@ -54,7 +54,7 @@ for task, model, ratio, exact, oversample, randomized, other, rates in GLORA:
     preset = {
         "all": dict(task=task, rank=8, targets="attention", batch_size=4, epochs=10, warmup_steps=500,
                     dropout=0.05, val_rows=1200, lr=other)
-        | (dict(mix="commonsense_15k") if task == "commonsense" else {}),                            # §4.1
+        | (dict(mix="commonsense_15k") if task == "commonsense" else {}),                            # §4
         **{method: dict(lr=lr) for method, lr in rates.items()}}
     preset["rosa"] = preset.get("rosa", {}) | dict(reinit_every="2")        # Table 16: four times, as G-LoRA
     preset["spiel"] = dict(dropout=0.0)                                     # it has no place for one
@@ -62,7 +62,8 @@ for task, model, ratio, exact, oversample, randomized, other, rates in GLORA:
     PRESETS[f"glora-{task}-{model}-randomized"] = preset | {
         "glora": dict(ratio=ratio, lr=randomized, svd="randomized", oversample=oversample)}
 
-# GraLoRA, Table 5 and §4.1: k by §3.4, Lion, cosine; all eight training sets, Magicoder-Evol-Instruct-110k.
+# GraLoRA, Table 5; §4.1: Lion, all eight training sets, Magicoder-Evol-Instruct-110k; k by §3.4; cosine as in
+# the authors' scripts.
 MIXES = dict(commonsense="commonsense_170k", code="data-evol_instruct-decontaminated")
 GRALORA = [("llama3.1-8b", "code", 2e-4, 2), ("qwen2.5-1.5b", "commonsense", 2e-4, 2),
            ("qwen2.5-7b", "commonsense", 4e-4, 2), ("llama3.1-70b", "commonsense", 3e-4, 1)]

@@ -450,35 +450,6 @@ def test_precedence_command_line_preset_common_default(tmp_path, monkeypatch):
     assert (got.lr, got.alpha, got.batch_size) == (1e-5, 5.0, 8)
 
 
-def test_presets_of_the_papers_tables():
-    parse = lambda preset, method: train.parse(["--preset", preset, "--method", method, "--model", "x"])[0]
-    fields = lambda p, names: tuple(getattr(p, name) for name in names.split())
-    seen = lambda *a: fields(parse(*a), "task rank targets batch_size epochs warmup_steps lr optimizer")
-    assert seen("cps-commonsense-llama2-7b", "cps_lora") == (
-        "commonsense", 8, "attention", 4, 2, 500, 1e-4, "adamw")
-    assert seen("cps-math-llama2-7b", "lora") == ("math", 8, "attention", 4, 2, 500, 3e-4, "adamw")
-    assert [parse("cps-code-qwen2.5-1.5b", m).lr for m in ("cps_lora", "gralora", "lora")] == [
-        6e-5, 5e-5, 4e-5]
-    assert parse("cps-commonsense-llama3-8b", "cps_lora").lr == 4e-5
-    assert parse("cps-commonsense-llama2-7b", "cps_lora").reinit_every == "1"
-    assert seen("glora-commonsense-llama2", "glora") == (
-        "commonsense", 8, "attention", 4, 10, 500, 1e-4, "adamw")
-    own = lambda preset: fields(parse(preset, "glora"),
-                                "ratio lr svd oversample reinit_every dropout val_rows")
-    assert own("glora-math-llama2") == ("1:3", 3e-4, "exact", 4, "2", 0.05, 1200)
-    assert own("glora-math-llama3-8b-randomized") == ("3:1", 3e-4, "randomized", 4, "2", 0.05, 1200)
-    assert own("glora-code-llama3-8b-instruct") == ("1:3", 2e-5, "exact", 4, "2", 0.05, 1200)
-    assert own("glora-code-llama3-8b-instruct-randomized") == ("1:3", 1e-5, "randomized", 8, "2", 0.05, 1200)
-    assert own("glora-code-qwen2.5-7b-randomized") == ("3:1", 1e-5, "randomized", 8, "2", 0.05, 1200)
-    assert [parse("glora-commonsense-llama3-8b", m).lr for m in ("gralora", "lora")] == [2e-4, 1e-4]
-    assert [parse("glora-math-llama2-randomized", m).lr for m in ("gralora", "lora")] == [3e-4, 3e-4]
-    assert parse("glora-code-qwen2.5-7b", "lora").lr == 5e-5
-    assert seen("gralora-commonsense-qwen2.5-7b", "gralora") == (
-        "commonsense", 64, "all", 192, 2, 0, 4e-4, "lion")
-    assert parse("gralora-code-llama3.1-8b", "gralora").k == 0
-    assert parse("gralora-commonsense-llama3.1-70b", "lora").epochs == 1
-
-
 def test_aliases_of_the_field():
     args, _ = train.parse("--base_model m --lora_r 4 --lora_alpha 9 --lora_dropout 0.1 "
                           "--target_modules q_proj --learning_rate 1e-3 --num_epochs 2 --cutoff_len 99 "
@@ -624,3 +595,17 @@ def test_a_family_names_the_sets_that_are_not_there(shared_data, tmp_path, capsy
     assert "after_accuracy" not in summary
     assert ("not found: social_i_qa (commonsense/social_i_qa.json, from LLM-Adapters, "
             "dataset/social_i_qa/test.json); the mean is over the others") in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ Lion's constants
+
+@pytest.mark.parametrize("gradients, sign", [
+    ((1, -0.449), 1), ((1, -0.451), -1),            # 0.9 · 0.05 + 0.1 g changes its sign at g = -0.45,
+    ((1, 0, -0.427), 1), ((1, 0, -0.428), -1)])     # 0.9 · 0.95 · 0.05 + 0.1 g at g = -0.4275
+def test_lions_last_step_turns_where_betas_of_0_9_and_0_95_put_it(gradients, sign):
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = train.Lion([p], lr=0.5)
+    for g in gradients:
+        before, p.grad = p.item(), torch.tensor([float(g)])
+        optimizer.step()
+    assert p.item() - before == -sign * 0.5
