@@ -9,22 +9,22 @@ A stage needs time: its B starts at 0 and its Adam moments empty, at whatever ra
 
     W_t = W_{t-1} + ΔW_{t-1},  ΔW[I_n, J_j] = A_l B_l,  n, j = 1..k,  l = n + k (j - 1)   (Eq. 10)
 
-Notation (paper, y = x W  ->  here, y = x Wᵀ: its rows are input features, its columns output ones):
+Notation (paper, y = x W  ->  here, y = x Wᵀ: the paper's rows are input features):
     m, n      i, o          input and output features
-    r, r'     rank, p       of the whole, and of a block: p = r / k
+    r, r'     rank, p       LoRA's r, and a block's: p = r / k; a stage's ΔW has rank <= k r
     I_n, J_j  lora_rows (i), lora_columns (o)      the cluster, 0 .. k - 1, of each feature
     A_l       lora_A[j-th p rows, I_n]ᵀ            of lora_A (r, i): LoRA's shapes, whatever the
     B_l       lora_B[J_j, n-th p columns]ᵀ         of lora_B (o, r)  sizes of the clusters (App. D)
     π_r, π_c  orders of the features, here only cut into clusters: no weight is permuted (App. K.2)
 
 Differs from the paper: Alg. 1's line 6, W_t ← (W_{t-1} + ΔW_{t-1})[π_r, :][:, π_c], writes no
-    weight: in bf16 a small ΔW would be rounded away. W stands until merge(), and the merged stages'
-    factors run beside the live ones: the same function in every dtype. Every stage widens the two
-    products by k r: 1.01 of LoRA's step in two stages, 1.18 in ten (2048²; at 4096² 1.01 and 1.09,
-    11 % more FLOPs; r = 8, k = 2, 512 tokens, one core). delta() and factors() are the sum of all
-    stages, where Alg. 1 returns the last one's update.
-    App. E: its A, B are App. A's expanded factors; Eq. 2's scaling by D, left out there, is in; the
-    products of rows are A (B r_refᵀ), and diag(A (B Bᵀ) Aᵀ) holds squared norms.
+    weight: in bf16 a small ΔW would be rounded away. W stands until merge(), and the ended stages'
+    factors run beside the live ones: the same function in every dtype. Each stage adds k r (i + o)
+    saved numbers a module and some time: the 2nd takes 1.01 of LoRA's step, the 10th 1.12 (2048²;
+    at 4096² 1.01 and 1.06, by 7 % more FLOPs; r = 8, k = 2, 512 tokens, one core). delta() and
+    factors() are of all stages, where Alg. 1 returns the last one's update.
+    App. E, corrected: A, B are App. A's expanded factors; Eq. 2's scaling by D, left out there, is
+    in; the products of rows are A (B r_refᵀ), and diag(A (B Bᵀ) Aᵀ) holds squared norms.
     u, v of Eq. 4 are the second singular pair (§3.3; §4.2's "dominant" is a slip).
 Left open by the paper: the fan-in of A's Kaiming init, its row cluster; the values at a re-init,
     the same again; the cosine's reference, the longest vector; d = max(1, ⌈log2 k⌉), k-means for
@@ -40,6 +40,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+# balance1, 2: k-means, and if it is imbalanced a cut by Eq. 4 or by cosine; none: blocks stay.
 STRATEGIES = ("cosine", "spectral", "spectral-balance1", "spectral-balance2", "random", "none",
               "abs-cosine")
 DEFAULTS = {"k": (2, "clusters per side"),
@@ -69,7 +70,7 @@ def spectral_embedding(P, Q, d):
     P = torch.cat((P, -lowest.expand(m, 1)), 1)                         # ΔW - min ΔW = P Qᵀ, now
     Q = torch.cat((Q, Q.new_ones(n, 1)), 1)
     D_r, D_c = P @ Q.sum(0), Q @ P.sum(0)                               # row and column sums
-    eps = torch.finfo(P.dtype).eps                      # what is less than that of the largest is 0
+    eps = torch.finfo(P.dtype).eps      # a row of minima sums to rounding: no division by that
     Q_P, R_P = torch.linalg.qr(P / D_r.clamp(min=eps * D_r.max()).sqrt()[:, None])
     Q_Q, R_Q = torch.linalg.qr(Q / D_c.clamp(min=eps * D_c.max()).sqrt()[:, None])
     U, _, Vh = torch.linalg.svd(R_P @ R_Q.T)                            # App. E: a small SVD
@@ -124,8 +125,8 @@ def cluster(P, Q, k, strategy, reference="longest"):
     for X, (L, R) in zip(embeddings, ((P, Q), (Q, P))):
         clusters = kmeans(X, k)
         if strategy != "spectral" and clusters.bincount(minlength=k).min() < len(X) / (2 * k):
-            balance1 = strategy == "spectral-balance1"
-            clusters = balanced_cut(X[:, 0].argsort(), k) if balance1 else cosine(L, R)     # Eq. 4
+            balance1 = strategy == "spectral-balance1"      # then by u or v: Eq. 4
+            clusters = balanced_cut(X[:, 0].argsort(), k) if balance1 else cosine(L, R)
         found.append(clusters)
     return tuple(found)
 
@@ -182,10 +183,10 @@ class CPSLinear(nn.Module):
     def forward(self, x):
         # Plain products, (..., R) inside, beat permuting x and y around a blockwise product
         # up to R = 256 (2048², 512 tokens, 2 cores: 1.0 to 1.3 times LoRA, against 1.4 to 1.5).
-        A, B = self.expanded()
-        h = torch.cat((F.linear(x, self.lora_merged_A.to(x.dtype)),         # of W_t: undropped
-                       F.linear(self.dropout(x), A.to(x.dtype))), -1)       # (..., R)
-        return self.base(x) + F.linear(h, torch.cat((self.lora_merged_B, B), 1).to(x.dtype))
+        A, B = (f.to(x.dtype) for f in self.expanded())
+        A_, B_ = self.lora_merged_A.to(x.dtype), self.lora_merged_B.to(x.dtype)
+        y = self.base(x) + F.linear(F.linear(x, A_), B_)                # x W_tᵀ (Alg. 1, line 6)
+        return y + F.linear(F.linear(self.dropout(x), A), B)
 
     def delta(self):
         A, B = self.total()
@@ -247,12 +248,13 @@ def layers(model):
 
 @torch.no_grad()
 def reinit(model, optimizer):
-    """The next stage (Alg. 1, lines 4 - 8): merge, cluster the ended one's update, start anew."""
+    """The next stage (Alg. 1, lines 4 - 8): cluster the ended update, keep it, start anew."""
     for layer in layers(model).values():
         A, B = layer.expanded()                                         # line 4: ΔW_{t-1} = B A
         rows, columns = layer.lora_rows, layer.lora_columns
         if layer.strategy != "none":
-            rows, columns = cluster(A.T, B, layer.k, layer.strategy, layer.reference)       # line 5
+            # Line 5, on the paper's ΔW = Aᵀ Bᵀ.
+            rows, columns = cluster(A.T, B, layer.k, layer.strategy, layer.reference)
         # Line 6, W_t ← (W_{t-1} + ΔW_{t-1})[π_r, :][:, π_c]: W_t is W and all factors so far.
         layer.lora_merged_A, layer.lora_merged_B = layer.total()
         layer.start(rows, columns)                                      # lines 7, 8
@@ -279,7 +281,7 @@ def factors(model):
 
 @torch.no_grad()
 def restore(model, tensors):
-    """Give a freshly injected model the merged stages in `tensors`; ValueError if none fit."""
+    """Give a fresh model the saved merged stages; ValueError if one is missing or misfits."""
     for name, layer in layers(model).items():
         A, B = (tensors.get(f"{name}.lora_merged_{x}") for x in "AB")
         o, i = layer.base.weight.shape

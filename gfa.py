@@ -4,8 +4,9 @@ Sharing (anonymous authors, ICML submission). Official code: none.
 
 LoRA gives each of N modules a pair of factors of its own. GFA strings the updates of all modules
 into one long vector, folds it into one near-square matrix M and factorizes that: about 2 r √d
-parameters; for equal square modules √N times fewer than LoRA's r Σ (p + q) (Eq. 1). The price: a
-slice of M is as large as its weight, and its gradient costs what full fine-tuning's would.
+parameters; for equal square modules √N times fewer than LoRA's r Σ (p + q) (Eq. 1). The price, one
+module at a time: a slice of M is as large as its weight, and its gradient costs what full
+fine-tuning's would (1.5 of LoRA's step at 2048², 512 tokens, fp32; bf16: 2.9).
 
     W_i' = W_i + s · reshape(vec(B A)[c_{i-1} : c_i], p_i, q_i),    s = 1
 
@@ -80,7 +81,7 @@ class Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             torch.mm(B, A, out=dM)                          # Δ in its window
             dx = dy @ window.add_(W) if fused else dy @ W.to(dy.dtype) + dy @ window.to(dy.dtype)
-        flat = dM.flatten()                                 # 0 outside this module
+        flat = dM.flatten()                                 # a view: 0 outside this module
         flat[:ctx.offset] = flat[ctx.offset + W.numel():] = 0
         dy, x = dy.reshape(-1, len(W)), x.reshape(-1, W.shape[1]).to(dy.dtype)
         torch.mm(dy.T, x, out=window) if fused else window.copy_(dy.T @ x)      # (p, q)
@@ -111,7 +112,7 @@ class GFALinear(nn.Module):
         object.__setattr__(self, "shared", shared)          # unregistered: model.adapter owns it
         k = shared.lora_A.shape[1]
         self.first, self.offset = divmod(start, k)          # row and column of M where Δ begins
-        self.last = -(-(start + base.weight.numel()) // k)  # the row after Δ's last
+        self.last = -(-(start + base.weight.numel()) // k)  # after Δ's last: a module may share it
         # As sizes, which are symbols to torch.compile: a module's integers are constants to it, and
         # every layer would be compiled anew.
         self.place = torch.empty(()).expand(self.first, self.last, self.offset)

@@ -4,12 +4,13 @@ code: none. Not Generalized LoRA (arXiv 2306.07967), which other libraries call 
 
 Two adapters split LoRA's parameter budget. The global one covers the whole weight; the local one
 does at first, too, and at each re-initialisation keeps the half of its input and the half of its
-output features that mattered most, at twice the rank. Both start on singular triplets of what is
-there, and these leave the frozen weight: but for its rounding, no start changes the function.
+output features that mattered most, at twice the rank. Both start on singular triplets, of W and
+later of W_res on the region, which leave the frozen weight: but for rounding, no start changes the
+function.
 
     y = x W_res + x G_A G_B + (x[:, R] L_A L_B, placed at the columns C)                   (Eq. 2)
 
-Notation (paper, y = x W  ->  here, y = x Wᵀ: its rows are input features, its columns output ones):
+Notation (paper, y = x W  ->  here, y = x Wᵀ: the paper's rows are input features):
     m, n         i, o and m, n    input and output features: of the weight, and of the region
     i            s                stage: how many re-initialisations came before
     (1-α)r, αr   r_g, r_l         rank · g / (g + l) and rank · l / (g + l), for --ratio g:l
@@ -17,22 +18,22 @@ Notation (paper, y = x W  ->  here, y = x Wᵀ: its rows are input features, its
     L_A, L_B     lora_local_A (r, m), lora_local_B (n, r), transposed; r = 2^s r_l
     π_r, π_c     lora_rows (m), lora_columns (n): R, C, the features they put first, in any order
     W_res        base.weight = pretrained + lora_fixed_B lora_fixed_A, rounded once. These hold, at
-                 full width, what G and every L took at their start, and what every merged L became:
-                 r_g + r_l (3 · 2^s - 2) ranks; 98 at rank 8, 3:1, after 4 re-initialisations, 278
-                 at 1:3: 1.17 GB for LLaMA2-7B's q, k, v, o, in memory and on disk.
+                 full width, what G and every L took at their start (minus, in B) and what every
+                 merged L became: up to r_g + r_l (3 · 2^s - 2) rows of A; 98 at rank 8, 3:1, after
+                 4 re-initialisations; 278 at 1:3, 1.17 GB in fp32 for LLaMA2-7B's q, k, v, o.
 
 Differs from the paper: Eq. 2 sums the local adapters of all stages and Eq. 11 merges each of them
     into W_res, which counts them twice: here one is live, and the earlier ones are in W_res.
-    Alg. 1 never subtracts L, doubles r_l or puts W_res back in order, and lines 2 and 15 slip in
+    Alg. 1 neither subtracts L nor doubles r_l nor puts W_res back in order; lines 2 and 15 slip in
     their indices: Eqs. 11 - 15 hold. Eq. 5 subtracts G alone: at stage 0 L leaves W, too (§3.2).
     App. J.2 decomposes L alone, whose rank is half of what Eq. 14 takes: not followed.
 Left open by the paper: the direction of Eq. 10, descending; the gradient of Eq. 9, of whole
     optimizer steps, scores averaged over the stage, magnitudes where there was none; Table 4's
     `grad` and `fisher`, mean |g| and g²; Table 6 at stage 0, L's choice among the triplets that G
-    left; "full fine-tuning" of a region, one block that starts at 0 and stays; the randomized SVD,
-    a sketch of oversample · r columns, two power iterations, exact at stage 0 and for trailing
-    triplets, which no sketch finds (Table 6 at `svd randomized`); optimizer state, L's dropped and
-    G's kept; scale, none; dropout's place, on x, one mask for both. With dropout the start is not
+    left; "full fine-tuning" of a region, one block that starts at 0 and is kept; randomized SVD, a
+    sketch of oversample · r columns, two power iterations, exact at stage 0 and for trailing
+    triplets, which no sketch finds; optimizer state, L's dropped, G's and a dense L's kept; scale,
+    none; dropout's place, on x, one mask for both. With dropout the start is not
     the pretrained function, as the adapters hold weight; weight decay, for the same reason, shrinks
     W itself: the default of both is 0. A triplet of σ = 0 has no gradient: a weight of lower rank
     wastes those of a `bottom` start.
@@ -54,7 +55,7 @@ DEFAULTS = {"ratio": ("3:1", "rank of the global to rank of the local adapter"),
             "global_init": ("bottom", "triplets that G starts on", ("bottom", "top")),
             "local_init": ("top", "triplets that L starts on", ("top", "bottom"))}
 COMMON = {"reinit_every": "2"}
-TINY = {"lr": 5e-3, "reinit_every": "60s"}   # on the bundled model
+TINY = {"lr": 5e-3, "reinit_every": "60s"}   # on the bundled model; "2": epochs, "60s": steps
 PRESET = "glora"                        # whose rows of presets.py apply
 
 
@@ -110,7 +111,7 @@ class GLoRALinear(nn.Module):
     def __init__(self, base, r_g, r_l, dropout, own):
         super().__init__()
         self.base, self.dropout, self.own = base, nn.Dropout(dropout), own
-        self.pretrained = None                          # a copy of the first W, on the CPU
+        self.pretrained = None                          # write copies W here, on the CPU
         (o, i), W = base.weight.shape, base.weight.detach()
         W = W.to(torch.promote_types(W.dtype, torch.float32))
         A, B = W.new_empty(r_g + r_l, i), W.new_empty(o, r_g + r_l)
@@ -128,7 +129,7 @@ class GLoRALinear(nn.Module):
             self.move(-1)
 
     def start(self, rows, columns, A, B):
-        """A local adapter on this region: A (r, m), B (n, r), or no A and B (n, m), dense."""
+        """A local adapter on this region: A (r, m), B (n, r); or, dense, A None and B (n, m)."""
         self.lora_rows, self.lora_columns = nn.Buffer(rows), nn.Buffer(columns)
         self.lora_local_A = None if A is None else nn.Parameter(A)
         self.lora_local_B = nn.Parameter(B)
@@ -155,8 +156,8 @@ class GLoRALinear(nn.Module):
         dense = self.lora_local_A is None
         A, B = (self.lora_global_A, self.lora_global_B) if dense else self.live()
         # Zeros outside of the region, in one pair of plain products with G: 1.00, 1.01, 1.01, 1.03,
-        # 1.07 of LoRA in stages 0 - 4 (2048², r = 8, 512 tokens, 2 cores). Gather and index_add
-        # take 1.38, 1.19, 1.09, 1.06, 1.04.
+        # 1.07 of LoRA's time in stages 0 - 4 (2048², r = 8, 512 tokens, 2 cores); gather and
+        # index_add take 1.38, 1.19, 1.09, 1.06, 1.04.
         x_ = self.dropout(x)
         y = self.base(x) + F.linear(F.linear(x_, A.to(x.dtype)), B.to(x.dtype))
         if dense:                                       # as a pair it would be m wide
@@ -286,7 +287,7 @@ def reinit(model, optimizer):
         rows = layer.lora_rows[most_important(scores[0], 0)]                    # Eq. 10
         columns = layer.lora_columns[most_important(scores[1], 1)]
         W = layer.move(+1)                                                      # Eq. 11
-        M, r = W[columns][:, rows], 2 * len(A)                                  # Eq. 12, r_l^{i+1}
+        M, r = W[columns][:, rows], 2 * len(A)                                  # Eq. 12, (n, m)
         pair = ((None, torch.zeros_like(M)) if is_dense(r, *M.shape) else
                 balanced(*region_svd(M, r, **layer.own)))                       # Eqs. 13, 14
         layer.start(rows, columns, *pair)
