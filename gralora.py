@@ -61,6 +61,15 @@ def expand(A, B, rows, columns, k):
     return A.flatten(0, 1), B.flatten(1)
 
 
+def add_update(base, x, update):
+    """
+    base(x) + update (..., o), rounded once: a product that starts from the update. In bf16 base(x)
+    is rounded at first, and would swallow what is less than half a unit of its last place.
+    """
+    y = torch.addmm(update[None].flatten(0, -2), x[None].flatten(0, -2), base.weight.T)
+    return (y if base.bias is None else y + base.bias).view_as(update)
+
+
 class GraLoRALinear(nn.Module):
     """y = x Wᵀ + bias + (α / r) x̃ ΔWᵀ, x̃ = dropout(x), for x (..., i) -> (..., o)."""
 
@@ -79,15 +88,15 @@ class GraLoRALinear(nn.Module):
 
     def forward(self, x):
         k, A, B = self.k, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        y, x = self.base(x), self.dropout(x)
-        z = torch.einsum("...ni,rni->...nr", x.unflatten(-1, (k, -1)), A.unflatten(1, (k, -1)))
+        x_ = self.dropout(x)
+        z = torch.einsum("...ni,rni->...nr", x_.unflatten(-1, (k, -1)), A.unflatten(1, (k, -1)))
         z = z.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)      # (..., n, R) -> (..., j, R)
         z = torch.einsum("...jr,jor->...jo", self.scaling * z, B.unflatten(0, (k, -1)))
-        y = y + z.flatten(-2)                                           # (..., o)
+        update = z.flatten(-2)                                          # (..., o)
         if hasattr(self, "lora_A_general"):
-            z = F.linear(x, self.lora_A_general.to(x.dtype))            # (..., h)
-            y = y + F.linear(self.scaling * z, self.lora_B_general.to(x.dtype))
-        return y
+            z = F.linear(x_, self.lora_A_general.to(x.dtype))           # (..., h)
+            update = update + F.linear(self.scaling * z, self.lora_B_general.to(x.dtype))
+        return add_update(self.base, x, update)
 
     def factors(self):
         """A (k R + h, i), B (o, k R + h) of the whole update: Fig. 5, with the scaling in B."""

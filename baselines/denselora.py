@@ -36,6 +36,15 @@ class Shared(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
 
+def add_update(base, x, update):
+    """
+    base(x) + update (..., o), rounded once: a product that starts from the update. In bf16 base(x)
+    is rounded at first, and would swallow what is less than half a unit of its last place.
+    """
+    y = torch.addmm(update[None].flatten(0, -2), x[None].flatten(0, -2), base.weight.T)
+    return (y if base.bias is None else y + base.bias).view_as(update)
+
+
 class DenseLoRALinear(nn.Module):
     """y = x Wᵀ + bias + (alpha / rank) f(x), for x (..., in) -> (..., out)."""
 
@@ -50,7 +59,7 @@ class DenseLoRALinear(nn.Module):
         A, M, B = (p.to(x.dtype) for p in (self.shared.lora_A, self.lora_M, self.shared.lora_B))
         h = self.dropout(F.gelu(F.linear(self.dropout(x), A)))              # (..., r)
         y = self.dropout(F.gelu(F.linear(F.linear(h, M), B)))               # (..., out)
-        return self.base(x) + self.scaling * y
+        return add_update(self.base, x, self.scaling * y)
 
     def delta(self):
         raise NotImplementedError(NOT_MERGEABLE)

@@ -20,6 +20,15 @@ import torch.nn.functional as F
 DEFAULTS = {}
 
 
+def add_update(base, x, update):
+    """
+    base(x) + update (..., o), rounded once: a product that starts from the update. In bf16 base(x)
+    is rounded at first, and would swallow what is less than half a unit of its last place.
+    """
+    y = torch.addmm(update[None].flatten(0, -2), x[None].flatten(0, -2), base.weight.T)
+    return (y if base.bias is None else y + base.bias).view_as(update)
+
+
 class LoRALinear(nn.Module):
     """y = x Wᵀ + bias + (alpha / rank) dropout(x) Aᵀ Bᵀ, for x (..., in) -> (..., out)."""
 
@@ -34,8 +43,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        h = F.linear(self.dropout(x), A)                        # (..., r)
-        return self.base(x) + F.linear(self.scaling * h, B)     # scaled where it is narrow
+        h = self.scaling * F.linear(self.dropout(x), A)         # (..., r), scaled where narrow
+        return add_update(self.base, x, F.linear(h, B))
 
     def delta(self):
         return self.scaling * self.lora_B @ self.lora_A         # (out, in)

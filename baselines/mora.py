@@ -44,6 +44,15 @@ def cycle(x, size):
     return x.repeat(*[1] * (x.dim() - 1), -(-size // x.shape[-1]))[..., :size]
 
 
+def add_update(base, x, update):
+    """
+    base(x) + update (..., o), rounded once: a product that starts from the update. In bf16 base(x)
+    is rounded at first, and would swallow what is less than half a unit of its last place.
+    """
+    y = torch.addmm(update[None].flatten(0, -2), x[None].flatten(0, -2), base.weight.T)
+    return (y if base.bias is None else y + base.bias).view_as(update)
+
+
 class MoRALinear(nn.Module):
     """y = x Wᵀ + bias + f(dropout(x)), for x (..., in) -> (..., out); f is linear."""
 
@@ -62,7 +71,7 @@ class MoRALinear(nn.Module):
         return cycle(F.linear(x, self.lora_M.to(x.dtype)).flatten(-2), o)
 
     def forward(self, x):
-        return self.base(x) + self.update(self.dropout(x))
+        return add_update(self.base, x, self.update(self.dropout(x)))
 
     def delta(self):
         eye = torch.eye(self.base.in_features, device=self.lora_M.device, dtype=self.lora_M.dtype)

@@ -30,6 +30,15 @@ def triplets(W, rank, niter):
     return U[:, :rank], S[:rank], Vh[:rank].T
 
 
+def add_update(base, x, update):
+    """
+    base(x) + update (..., o), rounded once: a product that starts from the update. In bf16 base(x)
+    is rounded at first, and would swallow what is less than half a unit of its last place.
+    """
+    y = torch.addmm(update[None].flatten(0, -2), x[None].flatten(0, -2), base.weight.T)
+    return (y if base.bias is None else y + base.bias).view_as(update)
+
+
 class PiSSALinear(nn.Module):
     """y = x W_resᵀ + bias + s dropout(x) Aᵀ Bᵀ, for x (..., in) -> (..., out)."""
 
@@ -52,8 +61,8 @@ class PiSSALinear(nn.Module):
 
     def forward(self, x):
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        h = F.linear(self.dropout(x), A)                        # (..., r)
-        return self.base(x) + F.linear(self.scaling * h, B)     # scaled where it is narrow
+        h = self.scaling * F.linear(self.dropout(x), A)         # (..., r), scaled where narrow
+        return add_update(self.base, x, F.linear(h, B))
 
     def delta(self):
         return self.scaling * self.lora_B @ self.lora_A         # (out, in)

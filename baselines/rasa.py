@@ -35,6 +35,15 @@ class Pool(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
 
+def add_update(base, x, update):
+    """
+    base(x) + update (..., o), rounded once: a product that starts from the update. In bf16 base(x)
+    is rounded at first, and would swallow what is less than half a unit of its last place.
+    """
+    y = torch.addmm(update[None].flatten(0, -2), x[None].flatten(0, -2), base.weight.T)
+    return (y if base.bias is None else y + base.bias).view_as(update)
+
+
 class RaSALinear(Pool):
     """y = x Wᵀ + bias + dropout(x) ΔWᵀ, for x (..., in) -> (..., out)."""
 
@@ -53,7 +62,7 @@ class RaSALinear(Pool):
     def forward(self, x):
         A, B = self.pair()
         h = self.lora_d.to(x.dtype) * F.linear(self.dropout(x), A.to(x.dtype))
-        return self.base(x) + F.linear(h, B.to(x.dtype))
+        return add_update(self.base, x, F.linear(h, B.to(x.dtype)))
 
     def delta(self):
         A, B = self.pair()

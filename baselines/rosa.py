@@ -35,6 +35,15 @@ def window(W, rank):
     return S[take, None] * Vh[take], U[:, take]
 
 
+def add_update(base, x, update):
+    """
+    base(x) + update (..., o), rounded once: a product that starts from the update. In bf16 base(x)
+    is rounded at first, and would swallow what is less than half a unit of its last place.
+    """
+    y = torch.addmm(update[None].flatten(0, -2), x[None].flatten(0, -2), base.weight.T)
+    return (y if base.bias is None else y + base.bias).view_as(update)
+
+
 class RoSALinear(nn.Module):
     """y = x W_fixedᵀ + bias + dropout(x) Aᵀ Bᵀ, for x (..., in) -> (..., out)."""
 
@@ -67,7 +76,7 @@ class RoSALinear(nn.Module):
 
     def forward(self, x):
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return self.base(x) + F.linear(F.linear(self.dropout(x), A), B)
+        return add_update(self.base, x, F.linear(F.linear(self.dropout(x), A), B))
 
     def delta(self):
         return self.lora_B @ self.lora_A                        # (out, in)

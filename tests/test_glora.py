@@ -783,15 +783,14 @@ def test_a_region_is_decomposed_before_it_is_rounded(ratio, stages):
 
 def test_dropout_never_reaches_the_frozen_weight_at_any_stage():
     model, optimizer, _ = injected(32, 24, 4, dropout=0.5)
-    layer, seen, kinds = model[0], [], set()
-    layer.base.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    layer, kinds = model[0], set()
     for s in range(4):
         x = torch.randn(50, 24).double()
         torch.manual_seed(s)
         y = model(x)
         torch.manual_seed(s)
         torch.testing.assert_close(y, layer.base(x) + layer.dropout(x) @ layer.delta().T)
-        assert seen[-2] is x and not torch.equal(layer.dropout(x), x)
+        assert not torch.equal(layer.dropout(x), x)
         kinds.add(layer.lora_local_A is None)
         stage(model, optimizer)
         glora.reinit(model, optimizer)

@@ -690,10 +690,27 @@ def test_find_is_equal_to_the_letter_in_every_file(name):
     assert source(name, "find") in (source("lora", "find"), None), "find is that of baselines/lora.py"
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_bf16_an_update_below_the_outputs_last_place_is_not_swallowed(bias):
+    """Of an update of 2^-11 where outputs are about 1, base(x) + update keeps less than half."""
+    torch.manual_seed(0)
+    base = nn.Linear(64, 256, bias=bias).to(torch.bfloat16)
+    nn.init.normal_(base.weight, 0, 1 / 8)
+    x, update = torch.randn(2, 40, 64).bfloat16(), 2**-11 * torch.randn(2, 40, 256).bfloat16()
+    exact = F.linear(*(t.double() for t in (x, base.weight, *([base.bias] if bias else []))))
+    kept = lambda y: ((y.double() - exact) * update.double()).sum() / update.double().square().sum()
+    add_update = load("lora").add_update
+    # An output's rounding is 2^-7 / sqrt(12) at most about: over 20480 of them the share varies by 0.032.
+    assert abs(kept(add_update(base, x, update)) - 1) < 6 * 0.032
+    assert kept(base(x) + update) < 0.6
+    same(add_update(base.double(), x.double(), update.double()), exact + update, "base(x) + update")
+
+
 def test_functions_that_files_share_are_equal_to_the_letter():
     """So that `diff baselines/lora.py gralora.py` is the paper."""
     merge, delete = source("lora", "merge"), "    del model.adapter\n"
     assert len({source(name, "find") for name in METHODS} - {None}) == 1
+    assert len({source(name, "add_update") for name in METHODS} - {None}) == 1
     assert {source(name, "merge") for name in ("gralora", "cps_lora", "dora", "mora", "spiel")} == {merge}
     assert {source(name, "merge").replace(delete, "") for name in ("gfa", "rasa")} == {merge}
     assert source("rasa", "kind") == source("denselora", "kind")
