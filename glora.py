@@ -193,6 +193,9 @@ class GLoRALinear(nn.Module):
         if self.pretrained is None:
             self.pretrained = self.base.weight.detach().to("cpu", copy=True)
         W = self.pretrained.to(A) + B @ A
+        # Plain rounding is enough: held-out loss with a bf16 base, against fp32's, after four
+        # re-inits: +0.3 % (3:1), +0.5 % (1:3) at learning rate 1e-4, -0.1 % (3:1) at 3e-4
+        # (SmolLM2-135M, all seven linears, rank 8, 60 steps of 4 GSM8K examples, one seed).
         self.base.weight.copy_(W)
         return W
 
