@@ -111,7 +111,7 @@ def add_update(base, x, update):
     is rounded at first, and would swallow what is less than half a unit of its last place.
     """
     y = torch.addmm(update[None].flatten(0, -2), x[None].flatten(0, -2), base.weight.T)
-    return (y if base.bias is None else y + base.bias).view_as(update)
+    return (y if base.bias is None else y + base.bias.to(y.dtype)).view_as(update)
 
 
 class GLoRALinear(nn.Module):

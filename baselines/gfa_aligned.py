@@ -68,6 +68,15 @@ class GlobalFactors(nn.Identity):
         self.lora_A = nn.Parameter(torch.empty(rank, k, **new).normal_(0, sigma))
 
 
+def add_update(base, x, update):
+    """
+    base(x) + update (..., o), rounded once: a product that starts from the update. In bf16 base(x)
+    is rounded at first, and would swallow what is less than half a unit of its last place.
+    """
+    y = torch.addmm(update[None].flatten(0, -2), x[None].flatten(0, -2), base.weight.T)
+    return (y if base.bias is None else y + base.bias.to(y.dtype)).view_as(update)
+
+
 class AlignedLinear(nn.Module):
     """y = x (W + Δ)ᵀ + bias, where Δ or Δᵀ is S (n, w), the stack's n rows from `start` on."""
 
@@ -93,10 +102,10 @@ class AlignedLinear(nn.Module):
         if self.transposed:
             z = F.pad(x, (offset, R * self.c - offset - self.n)).unflatten(-1, (R, -1))
             h = torch.einsum("ir,...ij->...rj", B, z)                   # (..., r, c)
-            return self.base(x) + h.flatten(-2) @ A                     # Σ_j (x_j B) A_j
+            return add_update(self.base, x, h.flatten(-2) @ A)          # Σ_j (x_j B) A_j
         h = F.linear(x, A).unflatten(-1, (r, -1))                       # (..., r, c)
         y = torch.einsum("ir,...rj->...ij", B, h).flatten(-2)           # (x A_jᵀ) B_iᵀ: (..., R c)
-        return self.base(x) + y[..., offset:offset + self.n]
+        return add_update(self.base, x, y[..., offset:offset + self.n])
 
     def factors(self):
         """(A (R, q), B (p, R)) with Δ = B A and R = min(c r, p, q)."""
