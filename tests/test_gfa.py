@@ -1,5 +1,6 @@
 """What the GFA paper says, a sentence, an equation or an algorithm line at a time."""
 import copy
+import weakref
 
 import pytest
 import torch
@@ -428,6 +429,180 @@ def test_bf16_and_autocast_keep_a_small_update_in_each_direction(dtype, autocast
         assert [g.dtype for g in got] == [dtype, torch.float32, torch.float32]
         for one, other in zip((y, *got), (want, *exact)):       # 2^-9 a rounding; W + Δ in bf16 has > 0.5
             assert (one.double() - other).norm() < 0.03 * other.norm()
+
+
+# ---------------------------------------------------------------------- evaluation
+
+def flops(layer, x, times=1):
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(times):
+            layer(x)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("dtype, products", [(torch.float32, 1), (torch.float64, 1), (torch.bfloat16, 2)])
+def test_evaluation_without_gradient_forms_each_slice_once_and_writes_no_weight(dtype, products):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 40)).to(dtype)
+    gfa.inject(model, ("0", "1"), 2)
+    nn.init.normal_(model.adapter.lora_B)
+    layer, x, tensors = model.eval()[1], torch.randn(5, 24, dtype=dtype), copy.deepcopy(model.state_dict())
+    formed, read = 2 * (layer.last - layer.first) * 2 * gfa.fold(1920)[1], products * 2 * 5 * 24 * 40
+    want = layer(x)
+    with torch.no_grad():
+        assert flops(layer, x) == formed + read         # after a forward with gradient: eval() comes first
+        assert flops(layer.eval(), x) == formed + read
+        assert flops(layer, x, 3) == 3 * read
+    with torch.inference_mode():
+        assert flops(layer, x, 2) == 2 * read
+        assert torch.equal(layer(x), want)
+    assert list(model.state_dict()) == list(tensors)
+    assert all(map(torch.equal, model.state_dict().values(), tensors.values()))
+
+
+def test_nothing_is_kept_in_training_with_gradient_or_after_train():
+    _, model = injected()
+    layer, x = model.layers[0], torch.randn(5, 7, dtype=torch.float64)
+    for mode in (False, True):                              # what was kept goes at eval(), too
+        with torch.no_grad():
+            layer.eval()(x)
+            kept = weakref.ref(layer.kept[2][0])
+        layer.train(mode)
+        assert kept() is None
+    with torch.no_grad():
+        assert flops(layer, x, 3) == 3 * flops(layer, x)    # train mode
+    layer.eval()
+    assert flops(layer, x, 3) == 3 * flops(layer, x)
+    with torch.no_grad():
+        layer.eval()(x)
+        kept = weakref.ref(layer.kept[2][0])
+    layer(x)
+    assert kept() is None                                   # a forward with gradient
+
+
+def step(make, **own):
+    """Training in eval mode, with no train() or eval() between; torch does not count a fused step's writes."""
+    def change(model, x):
+        optimizer = make(model.adapter.parameters(), 0.1, **own)
+        loss = model(x).square().sum()
+        with torch.no_grad():
+            model(x)
+        loss.backward()
+        optimizer.step()
+    return change
+
+
+@torch.no_grad()
+def fill(tensor):
+    tensor.normal_()
+
+
+def there_and_back(model, x):
+    """Rounded: another function. Tensors of the first size may come to lie where the first ones were."""
+    model.to(torch.bfloat16).to(torch.float64)
+
+
+def load(model, x, **how):
+    model.load_state_dict({key: t + 1 for key, t in model.state_dict().items()}, **how)
+
+
+def replace(model, x):
+    model.adapter.lora_A = nn.Parameter(model.adapter.lora_A.detach() + 1)
+
+
+def swap(model, x):
+    """As averages of weights are swapped in: not counted, but an evaluation begins with eval()."""
+    model.adapter.lora_B.data.add_(1)
+    model.eval()
+
+
+@torch.inference_mode()
+def infer(model, x):
+    model.adapter.lora_B.add_(1)
+
+
+CHANGES = {
+    "B in place": lambda model, x: fill(model.adapter.lora_B),
+    "A in place": lambda model, x: fill(model.adapter.lora_A),
+    "W in place": lambda model, x: fill(model.layers[1].base.weight),
+    "in inference mode": infer,
+    "load_state_dict": load, "load_state_dict, assign": lambda model, x: load(model, x, assign=True),
+    "load_state_dict of the adapter": lambda model, x: load(model.adapter, x),
+    "another parameter": replace,
+    "another W": lambda model, x: setattr(model.layers[1].base.weight, "data", torch.randn(5, 10).double()),
+    "another A": lambda model, x: setattr(model.adapter.lora_A, "data", 2 * model.adapter.lora_A.data),
+    "data, then eval()": swap,
+    "SGD": step(torch.optim.SGD), "AdamW": step(torch.optim.AdamW, foreach=False),
+    "foreach": step(torch.optim.AdamW, foreach=True), "fused": step(torch.optim.AdamW, fused=True),
+    ".to() there and back": there_and_back,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_kept_is_never_stale(change):
+    base, model = injected()
+    x = torch.randn(6, 7, dtype=torch.float64)
+    model.eval()
+    with torch.no_grad():
+        before = model(x)
+        assert torch.equal(model(x), before) and all(layer.kept for layer in model.layers)
+    CHANGES[change](model, x)
+    with torch.no_grad():
+        after = [model(x) for _ in range(2)]
+        for layer, plain in zip(model.layers, base.layers):
+            plain.load_state_dict(layer.base.state_dict())
+        want = naive(base, model.adapter.lora_B, model.adapter.lora_A, x)
+    assert (want - before).abs().max() > 1e-6
+    for y in after:
+        torch.testing.assert_close(y, want, rtol=1e-9, atol=1e-12)
+
+
+def test_a_dtype_changed_and_a_copy_changed_are_not_stale_either():
+    _, model = injected()
+    x = torch.randn(6, 7, dtype=torch.float64)
+    with torch.no_grad():
+        y = model.eval()(x)
+        other = copy.deepcopy(model)
+        other.adapter.lora_B.zero_()
+        assert (other(x) - y).abs().max() > 1e-3 and torch.equal(model(x), y)
+        torch.testing.assert_close(model.float()(x.float()), y.float())
+
+
+def test_autocast_and_tensors_that_count_no_writes_are_computed_anew():
+    torch.manual_seed(0)
+    x = torch.randn(6, 24)
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(24, 24)).eval()
+        gfa.inject(model, ("0",), 2)
+        layer = model.eval()[0]
+        before = layer(x)
+        model.adapter.lora_B.normal_()
+        torch.testing.assert_close(layer(x), F.linear(x, layer.base.weight + layer.delta(), layer.base.bias))
+        assert not torch.equal(layer(x), before)
+    model = nn.Sequential(nn.Linear(24, 24))
+    gfa.inject(model, ("0",), 2)
+    nn.init.normal_(model.adapter.lora_B)
+    layer = model.eval()[0]
+    with torch.no_grad():
+        layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = layer(x)
+            assert torch.equal(got, gfa.Product.apply(x, layer.base.weight, layer.base.bias, *layer.rows()))
+
+
+def test_compiled_layers_are_evaluated_without_a_graph_for_each():
+    torch._dynamo.reset()
+    model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(12)))
+    gfa.inject(model, tuple(map(str, range(12))), 2)
+    nn.init.normal_(model.adapter.lora_B)
+    layers, x, counter = model.eval()[:12], torch.randn(5, 24), CompileCounter()
+    with torch.no_grad():
+        want = layers(x)
+        for layer in layers:
+            layer.compile(backend=counter, dynamic=True)
+        torch.testing.assert_close(layers(x), want)
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
 
 
 def test_twelve_layers_of_one_shape_compile_to_two_graphs():
