@@ -33,14 +33,18 @@ def eval_mode(model):
 
 @torch.no_grad()
 def nll(model, examples):
-    """Of each example its negative log-likelihood (nats, summed) and how many tokens or labels that sums."""
-    out = [None] * len(examples)
-    for batch in batches([len(ids) for ids, _ in examples]):
-        some = [examples[i] for i in batch]
+    """
+    Of each example its negative log-likelihood (nats, summed) and how many tokens or labels that sums; of a
+    list of examples, whose common beginning is computed once, a list.
+    """
+    lists, out = [e if isinstance(e, list) else [e] for e in examples], [None] * len(examples)
+    for batch in batches([sum(len(ids) for ids, _ in several) for several in lists]):
         with eval_mode(model):
-            parts = model.losses(some).split([model.supervised(example) for example in some])
-        for i, part in zip(batch, parts):
-            out[i] = part.sum().item(), len(part)
+            losses = model.losses([examples[i] for i in batch])
+        parts = iter(losses.split([model.supervised(example) for i in batch for example in lists[i]]))
+        for i in batch:
+            found = [(part.sum().item(), len(part)) for _, part in zip(lists[i], parts)]
+            out[i] = found if isinstance(examples[i], list) else found[0]
     return out
 
 
@@ -62,14 +66,13 @@ def predict(model, examples):
     return labels, losses
 
 
-def likeliest(model, tokenizer, rows):
-    """{row number: the answer whose text has the least summed loss}, of the rows that have choices."""
-    choices = [(i, *choice) for i, row in enumerate(rows) for choice in row.get("choices", {}).items()]
-    losses = nll(model, [text.example(tokenizer, rows[i], words) for i, _, words in choices])
-    best = {}
-    for (i, answer, _), (total, _) in zip(choices, losses):
-        best[i] = min(best.get(i, (float("inf"), "")), (total, answer))
-    return {i: answer for i, (_, answer) in best.items()}
+def likelihoods(model, tokenizer, rows):
+    """nll of the rows' outputs; {row number: the choice whose text has the least loss} where it has any."""
+    texts = [[None, *row.get("choices", {}).values()] for row in rows]          # None: the right output
+    losses = nll(model, [[text.example(tokenizer, row, words) for words in some]
+                         for row, some in zip(rows, texts)])
+    best = {i: min(zip(found[1:], rows[i]["choices"]))[1] for i, found in enumerate(losses) if found[1:]}
+    return [right for right, *_ in losses], best
 
 
 # ------------------------------------------------------------------------------------ outputs on disk
@@ -174,13 +177,11 @@ def evaluate(model, tokenizer, module, rows, file=None, rule="strict", n=1, temp
             raise ValueError(f"{file}: holds {len(outputs) - outputs.count(None)} of {len(outputs)} outputs")
     else:
         with eval_mode(model):
-            examples = [text.example(tokenizer, row) for row in rows]
             if module.KIND == "classify":
-                outputs, losses = predict(model, examples)
+                outputs, losses = predict(model, [text.example(tokenizer, row) for row in rows])
             else:
                 outputs = complete(model, tokenizer, module, samples, file, rule, temperature, top_p)
-                losses = nll(model, examples)
-                chosen = likeliest(model, tokenizer, rows)
+                losses, chosen = likelihoods(model, tokenizer, rows)
     scored = module.score(outputs, samples, rule) if module.KIND != "execute" or execute else {}
     if file is not None:
         write_lines(file, output_lines(samples, outputs, scored, chosen, n))

@@ -22,6 +22,7 @@ import re
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 DECODERS = ("llama", "qwen2", "qwen3")
@@ -47,26 +48,59 @@ def targets_of(model, targets):
 
 # ------------------------------------------------------------------------------------ attention
 
-def attend(q, k, v, lengths=None, mask=None, causal=True, dropout=0.0):
+LAUNCHES = 4    # of attention for packed tokens, a layer
+
+
+def layout(lengths, device, causal=True):
     """
-    Attention of q (..., t, h, e) over k, v (..., s, g, e) -> (..., t, h, e).
-    Packed tokens are taken one sequence at a time: cheaper than a block-diagonal mask, and nothing is padded.
+    positions (n,) of packed tokens, and how attend pads them: fill, the token in each slot; back, the slot of
+    each token; groups [((b, t), mask), ..] of slots. Sequences of about one length share a group: one for all
+    would double the work where lengths are mixed, one each is a launch a sequence and layer.
+    A length may be a list [t, t1, ..]: t tokens, and ends that all go on from there, blind to one another.
     """
-    if lengths is not None:
-        sequences = zip(*(x.unsqueeze(0).split(lengths, 1) for x in (q, k, v)))
-        return torch.cat([attend(*qkv, causal=causal, dropout=dropout)[0] for qkv in sequences])
+    trees = [t if isinstance(t, list) else [t] for t in lengths]
+    parts = [(i, t, tree[0] * (i > 0)) for tree in trees for i, t in enumerate(tree)]
+    positions = torch.cat([torch.arange(past, past + t) for _, t, past in parts])
+    branch = torch.cat([torch.full((t,), i) for i, t, _ in parts])                      # 0: what all ends see
+    tokens = sorted(torch.arange(len(branch)).split([*map(sum, trees)]), key=len, reverse=True)
+    rows, fill, groups = -(-len(trees) // LAUNCHES), [], []
+    for i in range(0, len(tokens), rows):
+        slots, mask = pad_sequence(tokens[i:i + rows], True, -1), None                  # (b, t), -1: a pad
+        key = branch[slots][:, None, None]                                              # (b, 1, 1, t)
+        if causal and key.any():                # else causal is enough: no token looks at a pad on its right
+            mask = ((key == key.mT) | (key == 0)).tril().to(device)
+        elif not causal and slots.min() < 0:
+            mask = (slots >= 0)[:, None, None].to(device)
+        groups.append((slots.shape, mask))
+        fill.append(slots.flatten())
+    fill = torch.cat(fill)
+    back = fill.argsort()[len(fill) - len(branch):]             # pads come first
+    return positions.to(device), (fill.clamp(min=0).to(device), back.to(device), groups)
+
+
+def attend(q, k, v, packed=None, mask=None, causal=True, dropout=0.0):
+    """Attention of q (..., t, h, e) over k, v (..., s, g, e) -> (..., t, h, e); packed is of layout."""
+    if packed is not None:                                      # a block-diagonal mask would cost more
+        fill, back, groups = packed
+        parts = zip(*(x.index_select(0, fill).split([b * t for (b, t), _ in groups]) for x in (q, k, v)))
+        y = [attend(*(x.unflatten(0, shape) for x in part), None, mask, causal, dropout).flatten(0, 1)
+             for part, (shape, mask) in zip(parts, groups)]
+        return torch.cat(y).index_select(0, back)
+    dtype = q.dtype
+    if q.device.type == "cpu" and torch.is_grad_enabled():      # there bf16's backward is five times slower
+        q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                    # (b, heads, t, e)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None,
                                        dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1])
-    return y.transpose(1, 2)
+    return y.transpose(1, 2).to(dtype)
 
 
-def cached_mask(real, past, t):
-    """Who may look at whom, (b, 1, t, s): real (b, s) tokens not in the query's future, and oneself."""
-    s = past + t
-    query, key = torch.arange(past, s, device=real.device)[:, None], torch.arange(s, device=real.device)
+def cached_mask(real, past):
+    """Who after `past` may look at whom, (b, 1, t, s): at real (b, s) tokens up to itself, and at itself."""
+    key = torch.arange(real.shape[1], device=real.device)
+    query = key[past:, None]
     # A pad query sees itself: a softmax over nothing is NaN, and NaN spreads through the cache.
-    return ((key <= query) & real[:, None, :] | (key == query))[:, None]
+    return ((key <= query) & real[:, None] | (key == query))[:, None]
 
 
 # ------------------------------------------------------------------------------------ LLaMA, Qwen
@@ -114,7 +148,7 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(e, cfg.rms_norm_eps), RMSNorm(e, cfg.rms_norm_eps)
 
-    def forward(self, x, rope, lengths, mask, cache, past):
+    def forward(self, x, rope, packed, mask, cache, put, keep):
         q = self.q_proj(x).unflatten(-1, (self.h, -1))                                  # (..., h, e)
         k = self.k_proj(x).unflatten(-1, (self.g, -1))                                  # (..., g, e)
         v = self.v_proj(x).unflatten(-1, (self.g, -1))
@@ -122,10 +156,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            now = past + x.shape[1]
-            cache[0][:, past:now], cache[1][:, past:now] = k, v
-            k, v = cache[0][:, :now], cache[1][:, :now]                                 # (b, s, g, e)
-        return self.o_proj(attend(q, k, v, lengths, mask).flatten(-2))
+            cache[0][put], cache[1][put] = k, v
+            if packed is None:
+                k, v = (held[:, :put[1].stop] for held in cache)                        # (b, s, g, e)
+        return self.o_proj(attend(q, k, v, packed, mask).flatten(-2)[keep])
 
 
 class MLP(nn.Module):
@@ -147,8 +181,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, rope, lengths=None, mask=None, cache=None, past=0):
-        x = x + self.self_attn(self.input_layernorm(x), rope, lengths, mask, cache, past)
+    def forward(self, x, rope, packed=None, mask=None, cache=None, put=None, keep=...):
+        x = x[keep] + self.self_attn(self.input_layernorm(x), rope, packed, mask, cache, put, keep)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -173,37 +207,36 @@ class CausalLM(nn.Module):
         return self.model.layers
 
     def new_cache(self, b, s):
-        """One (keys, values) pair a layer, each (b, s, g, e); zeros, as a masked NaN would still poison."""
-        shape, W = (b, s, self.cfg.num_key_value_heads, self.cfg.head_dim), self.model.embed_tokens.weight
-        return [(W.new_zeros(shape), W.new_zeros(shape)) for _ in self.model.layers]
+        """(keys, values) of each layer, (b, s, g, e); zeros, as a masked NaN would still poison."""
+        shape, W = (b, self.cfg.num_key_value_heads, s, self.cfg.head_dim), self.model.embed_tokens.weight
+        return [[W.new_zeros(shape).transpose(1, 2) for _ in "kv"] for _ in self.model.layers]  # as read
 
-    def forward(self, ids, lengths=None, keep=None, real=None, cache=None, past=0):
+    def forward(self, ids, lengths=None, keep=..., real=None, cache=None, past=0):
         """
         Logits (..., v) in the model's dtype.
 
         ids      (b, t), or (n,) packed with lengths
-        keep     positions in the flattened tokens whose logits are wanted -> (len(keep), v); None: all
+        keep     which packed tokens' logits are wanted -> (len(keep), v): the last block's MLP sees no other
         real     (b, past + t) bool, False at padding, which may stand on the left; None: no padding
-        cache    from new_cache(b, s), holding `past` tokens; filled in place
+        cache    from new_cache(b, s), holding `past` tokens; filled in place, by packed tokens where real is
         """
-        mask = None
-        if cache is not None or real is not None:
-            if real is None:
-                real = torch.ones(len(ids), past + ids.shape[1], dtype=torch.bool, device=ids.device)
-            mask = cached_mask(real, past, ids.shape[1])
-            positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]
-        else:
-            positions = packed_positions(ids, lengths)
+        mask, packed, now = None, None, past + ids.shape[-1]
+        positions, put = torch.arange(past, now, device=ids.device), (slice(None), slice(past, now))
+        if lengths is not None:
+            positions, packed = layout(lengths, ids.device)
+            put = cache and real.nonzero(as_tuple=True)
+        elif real is not None or past:
+            mask = cached_mask(ids.new_ones(1, now).bool() if real is None else real, past)
+            positions = mask.sum(-1)[:, 0] - 1
         rope = rope_table(self.cfg, positions)
         x = self.model.embed_tokens(ids)                                                # (..., d)
         for i, block in enumerate(self.model.layers):
-            rest = rope, lengths, mask, None if cache is None else cache[i], past
+            wanted = keep if block is self.model.layers[-1] else ...
+            rest = rope, packed, mask, cache and cache[i], put, wanted
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, *rest, use_reentrant=False)
             else:
                 x = block(x, *rest)
-        if keep is not None:
-            x = x.reshape(-1, x.shape[-1])[keep]
         return self.lm_head(self.model.norm(x))
 
     def supervised(self, example):
@@ -220,23 +253,23 @@ class CausalLM(nn.Module):
 def pack(examples, device):
     """
     Examples [(ids, start), ..] laid end to end -> what model(ids, lengths, keep) takes, keep being where the
-    logits predict a supervised token, and labels: those tokens.
+    logits predict a supervised token, and labels: those tokens. Where an example is a list of examples, their
+    common beginning is laid once. A last token predicts nothing and stays out.
     """
-    ids, keep, labels = [], [], []
-    for tokens, start in examples:
-        start = max(start, 1)                                   # nothing predicts the first token
-        keep += range(len(ids) + start - 1, len(ids) + len(tokens) - 1)
-        labels += tokens[start:]
-        ids += tokens
+    ids, lengths, keep, labels = [], [], [], []
+    for example in examples:
+        several = example if isinstance(example, list) else [example]
+        alike = [len(set(column)) == 1 for column in zip(*(tokens[:-1] for tokens, _ in several))]
+        shared, first = [*alike, False].index(False), len(ids)
+        ids += several[0][0][:shared]
+        lengths.append([shared, *(len(tokens) - 1 - shared for tokens, _ in several)])
+        for tokens, start in several:
+            end, start = tokens[shared:-1], max(start, 1)       # nothing predicts the first token
+            keep += [*range(first, first + shared), *range(len(ids), len(ids) + len(end))][start - 1:]
+            labels += tokens[start:]
+            ids += end
     ids, keep, labels = (torch.tensor(x, device=device) for x in (ids, keep, labels))
-    return ids, [len(tokens) for tokens, _ in examples], keep, labels
-
-
-def packed_positions(ids, lengths):
-    """0, 1, 2, .. in every sequence: (t,) for rows of one length, (n,) for packed ones."""
-    if lengths is None:
-        return torch.arange(ids.shape[1], device=ids.device)
-    return torch.cat([torch.arange(t) for t in lengths]).to(ids.device)
+    return ids, lengths, keep, labels
 
 
 # ------------------------------------------------------------------------------------ RoBERTa
@@ -253,10 +286,10 @@ class RobertaLayer(nn.Module):
         self.intermediate = nn.ModuleDict(dict(dense=nn.Linear(d, f)))
         self.output = nn.ModuleDict(dict(dense=nn.Linear(f, d), LayerNorm=norm()))
 
-    def forward(self, x, lengths=None, mask=None):
+    def forward(self, x, packed=None, mask=None):
         project, out = self.attention["self"], self.attention["output"]
         q, k, v = (project[name](x).unflatten(-1, (self.h, -1)) for name in ("query", "key", "value"))
-        y = attend(q, k, v, lengths, mask, causal=False, dropout=self.p_attention * self.training)
+        y = attend(q, k, v, packed, mask, causal=False, dropout=self.p_attention * self.training)
         x = out["LayerNorm"](x + F.dropout(out["dense"](y.flatten(-2)), self.p, self.training))
         y = self.output["dense"](F.gelu(self.intermediate["dense"](x)))
         return self.output["LayerNorm"](x + F.dropout(y, self.p, self.training))
@@ -285,11 +318,13 @@ class RobertaClassifier(nn.Module):
     def forward(self, ids, lengths=None):
         """ids (b, t) padded with pad_token_id, or (n,) packed with lengths -> logits (b, labels)."""
         cfg, p, emb = self.cfg, self.cfg.hidden_dropout_prob, self.roberta["embeddings"]
+        mask = packed = None
         if lengths is None:
             real = ids != cfg.pad_token_id                                              # (b, t)
             positions, mask, first = real.cumsum(1) * real, real[:, None, None], (slice(None), 0)
         else:
-            positions, mask = packed_positions(ids, lengths) + 1, None
+            positions, packed = layout(lengths, ids.device, causal=False)
+            positions = positions + 1
             first = torch.tensor([0, *lengths[:-1]], device=ids.device).cumsum(0)   # where each <s> stands
         if (longest := int(positions.max())) + cfg.pad_token_id >= cfg.max_position_embeddings:
             raise ValueError(f"{longest} tokens in a sequence, the model has positions for "
@@ -298,9 +333,9 @@ class RobertaClassifier(nn.Module):
         x = F.dropout(emb["LayerNorm"](x + emb["token_type_embeddings"].weight[0]), p, self.training)
         for layer in self.blocks():
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, lengths, mask, use_reentrant=False)
+                x = checkpoint(layer, x, packed, mask, use_reentrant=False)
             else:
-                x = layer(x, lengths, mask)
+                x = layer(x, packed, mask)
         head = self.classifier
         x = x[first].to(head["dense"].weight.dtype)     # (b, d), the <s> tokens; a head that trains is fp32
         x = torch.tanh(head["dense"](F.dropout(x, p, self.training)))
@@ -346,53 +381,47 @@ def pick(logits, temperature=0.0, top_p=1.0):
     return order.gather(-1, torch.multinomial(p, 1))[:, 0]
 
 
-def pad_left(prompts, room, device):
-    """ids (b, t) of prompts padded on the left, and real (b, t + room), False at the pads."""
-    t = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), t, dtype=torch.long)
-    real = torch.ones(len(prompts), t + room, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        pads = t - len(prompt)
-        ids[row, pads:], real[row, :pads] = torch.tensor(prompt, dtype=torch.long), False
-    return ids.to(device), real.to(device)
-
-
-def generate_batch(model, prompts, max_new_tokens, eos, vocabulary, temperature, top_p, finished):
-    """New tokens (b, up to max_new_tokens) of one batch; a row goes on past its end until all have one."""
-    device, b, past, tokens = next(model.parameters()).device, len(prompts), 0, []
-    ids, real = pad_left(prompts, max_new_tokens, device)
-    cache = model.new_cache(b, real.shape[1])
-    stop, stopped = torch.tensor(eos, device=device), torch.zeros(b, dtype=torch.bool, device=device)
-    while len(tokens) < max_new_tokens and not stopped.all():
-        now = past + ids.shape[1]
-        last = torch.arange(1, b + 1, device=device) * ids.shape[1] - 1        # each row's newest token
-        logits = model(ids, keep=last, real=real[:, :now], cache=cache, past=past)[:, :vocabulary]
-        tokens.append(pick(logits, temperature, top_p))
-        stopped |= torch.isin(tokens[-1], stop)
-        if finished and len(tokens) % STOP_EVERY == 0:
-            rows = torch.stack(tokens, 1).tolist()
-            stopped |= torch.tensor([finished(row, ids) for row, ids in enumerate(rows)], device=device)
-        ids, past = tokens[-1][:, None], now
-    return torch.stack(tokens, 1)
+def generate_batch(model, prompts, room, vocabulary, temperature, top_p, ended):
+    """New tokens (lists) of one batch. Prompts are packed, and end together in a cache with pads before."""
+    device, lengths = next(model.parameters()).device, [len(prompt) for prompt in prompts]
+    ids, sizes = torch.tensor(sum(prompts, []), device=device), torch.tensor(lengths, device=device)
+    past, rows, out = max(lengths), list(range(len(prompts))), [[] for _ in prompts]
+    real = torch.arange(past + room, device=device) >= past - sizes[:, None]            # (b, s)
+    cache = model.new_cache(*real.shape)
+    logits = model(ids, lengths, sizes.cumsum(0) - 1, real[:, :past], cache)
+    while True:
+        tokens = pick(logits[:, :vocabulary], temperature, top_p)
+        for row, token in zip(rows, tokens.tolist()):
+            out[row].append(token)
+        stay = [i for i, row in enumerate(rows) if not ended(row, out[row])]
+        if not stay:
+            return out
+        if len(stay) < len(rows):               # the others leave the batch
+            rows, tokens, real = [rows[i] for i in stay], tokens[stay], real[stay]
+            for layer in cache:
+                layer[:] = (held[stay] for held in layer)
+        past += 1
+        logits = model(tokens[:, None], real=real[:, :past], cache=cache, past=past - 1)[:, 0]
 
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, eos, vocabulary=None, temperature=0.0, top_p=1.0,
              finished=None, each=None):
     """
-    Continuations, without the EOS, of prompts (lists of ids) -> lists of ids; greedy, or sampled.
-
-    Prompts of about one length share a batch, padded on the left; a row stops at any id of eos, or soon after
-    finished(i, ids) says so. Logits past `vocabulary` are masked: embeddings are often padded beyond what the
-    tokenizer can decode. each(i, ids) is told every row as soon as its batch is done.
+    Continuations, without the EOS, of prompts (lists of ids) -> lists of ids; greedy, or sampled. A row stops
+    at any id of eos, or soon after finished(i, ids) says so. Logits past `vocabulary` are masked: embeddings
+    are often padded. each(i, ids) is told every row as soon as its batch, of prompts of a length, is done.
     """
     out = [None] * len(prompts)
     for chosen in batches([len(p) + max_new_tokens for p in prompts]):
-        done = finished and (lambda row, ids, chosen=chosen: finished(chosen[row], ids))
-        tokens = generate_batch(model, [prompts[i] for i in chosen], max_new_tokens, eos, vocabulary,
-                                temperature, top_p, done)
-        for i, row in zip(chosen, tokens.tolist()):
-            out[i] = row[:next((j for j, token in enumerate(row) if token in eos), None)]
+        def ended(row, ids, chosen=chosen):
+            look = finished and len(ids) % STOP_EVERY == 0
+            return ids[-1] in eos or len(ids) == max_new_tokens or look and finished(chosen[row], ids)
+
+        some = [prompts[i] for i in chosen]
+        new = generate_batch(model, some, max_new_tokens, vocabulary, temperature, top_p, ended)
+        for i, row in zip(chosen, new):
+            out[i] = row[:-1] if row[-1] in eos else row
             if each:
                 each(i, out[i])
     return out

@@ -141,12 +141,20 @@ def test_a_row_stops_soon_after_it_is_finished(net, tok, prompts, monkeypatch):
     free = M.generate(net, prompts[:3], 20, [])
     asked = []
     finished = lambda i, ids: asked.append((i, len(ids))) or len(ids) >= (8 if i else 4)
-    assert M.generate(net, prompts[:3], 20, [], finished=finished) == [
-        row[:8] for row in free]                            # the last to finish ends the batch
+    assert M.generate(net, prompts[:3], 20, [], finished=finished) == [free[0][:4], free[1][:8], free[2][:8]]
     assert {n for _, n in asked} == {4, 8} and {i for i, _ in asked} == {0, 1, 2}
     told = {}
     M.generate(net, prompts[:3], 5, [], each=told.__setitem__)
     assert told == {i: row[:5] for i, row in enumerate(free)}
+
+
+def test_rows_that_have_ended_leave_the_batch(net, tok, prompts, monkeypatch):
+    want, sizes = [one_by_one(net, p, 30, tok.eos) for p in prompts], []
+    handle = net.register_forward_pre_hook(lambda m, a: sizes.append(len(a[0])))
+    assert M.generate(net, prompts, 30, tok.eos) == want
+    handle.remove()
+    lasts = [len(row) + 1 if len(row) < 30 else 30 for row in want]             # tokens drawn, EOS included
+    assert sizes == [sum(map(len, prompts))] + [sum(n > step for n in lasts) for step in range(1, max(lasts))]
 
 
 # ------------------------------------------------------------------------------------ likelihood
@@ -184,6 +192,26 @@ def test_likelihood_picks_the_choice_with_the_least_loss(net, tok, tmp_path):
     want = sum(a for a, _ in losses) / sum(b for _, b in losses)
     assert result["loss"] == pytest.approx(want, rel=FLOAT32)
     assert math.isfinite(result["loss"])
+
+
+def test_the_likelihood_of_choices_is_that_of_each_alone_and_a_prompt_is_read_once(net, tok):
+    rows = [dict(row, choices={w: f"The answer is {w}." for w in ("7", "12", "3 apples")})
+            for row in arithmetic.generate("test", 4, 2, 0)]
+    rows[1] = {key: value for key, value in rows[1].items() if key != "choices"}
+    seen = []
+    handle = net.register_forward_pre_hook(lambda m, a: seen.append(len(a[0])))
+    losses, chosen = E.likelihoods(net, tok, rows)
+    handle.remove()
+    assert losses == [(pytest.approx(total, rel=FLOAT32), n)
+                      for total, n in E.nll(net, [text.example(tok, row) for row in rows])]
+    spent = 0
+    for i, row in enumerate(rows):
+        examples = [text.example(tok, row, words) for words in row.get("choices", {}).values()]
+        spent += len(text.example(tok, row)[0]) + sum(len(ids) - start for ids, start in examples)
+        if examples:
+            totals = [total for total, _ in E.nll(net, examples)]
+            assert chosen[i] == list(row["choices"])[totals.index(min(totals))]
+    assert set(chosen) == {0, 2, 3} and sum(seen) <= spent
 
 
 def test_evaluation_is_in_eval_mode_and_gives_the_mode_back(net, tok):

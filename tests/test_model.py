@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -107,6 +108,74 @@ def test_packed_is_one_by_one_is_a_block_diagonal_mask(tmp_path):
     for layer in ours.model.layers:
         x = layer(x, rope, mask=block[None, None])
     torch.testing.assert_close(packed, ours.lm_head(ours.model.norm(x))[0], **ONE_ULP)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_192_packed_sequences_are_four_launches_a_layer_and_equal_one_by_one(kind, tmp_path, monkeypatch):
+    """Values and gradients, in fp32; lengths as mixed as they come."""
+    hf = DECODERS["llama3"]() if kind == "decoder" else roberta()
+    saved(tmp_path, hf)
+    ours, calls, real = checkpoint.load(tmp_path), [], F.scaled_dot_product_attention
+    lengths = (torch.arange(192) * 7 % 23 + 1).tolist()
+    ids = torch.randint(3, 97, (sum(lengths),))
+    W = next(p for name, p in ours.named_parameters() if name.endswith(("v_proj.weight", "value.weight")))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or real(*a, **k))
+    packed = ours(ids, lengths)
+    assert len(calls) == 4 * SMALL["num_hidden_layers"]
+    one_by_one = torch.cat([ours(part[None]).flatten(0, -2) for part in ids.split(lengths)])
+    torch.testing.assert_close(packed, one_by_one, rtol=1e-5, atol=1e-5)
+    weights = torch.randn_like(packed)
+    got, want = (torch.autograd.grad((y * weights).sum(), W)[0] for y in (packed, one_by_one))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+def test_attention_of_packed_tokens_drops_some_and_no_more():
+    """With values that are all one, dropout of p leaves a sum of means 1: each output is kept / (1 - p)."""
+    torch.manual_seed(0)
+    _, packed = M.layout([50, 3, 200, 120, 7], "cpu", causal=False)
+    q, v = torch.zeros(380, 2, 4), torch.ones(380, 2, 4)
+    y = M.attend(q, q, v, packed, causal=False, dropout=0.25)
+    assert y.std() > 0.02 and abs(y.mean().item() - 1) < 0.05
+    torch.testing.assert_close(M.attend(q, q, v, packed, causal=False), v)
+
+
+def test_attention_of_a_bf16_model_trains_in_fp32_on_a_cpu(tmp_path, monkeypatch):
+    saved(tmp_path, DECODERS["qwen2"]())
+    ours, kinds, real = checkpoint.load(tmp_path, torch.bfloat16), [], F.scaled_dot_product_attention
+    seen = lambda q, *a, **k: kinds.append(q.dtype) or real(q, *a, **k)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    assert ours(torch.arange(9), [4, 5]).dtype == torch.bfloat16
+    with torch.no_grad():
+        ours(torch.arange(9), [4, 5])
+    half = len(kinds) // 2
+    assert set(kinds[:half]) == {torch.float32} and set(kinds[half:]) == {torch.bfloat16}
+
+
+def test_examples_with_one_beginning_lay_it_once_and_lose_nothing(tmp_path):
+    """Losses equal those of each example alone, in fp32; ends of any length, none, and the same one twice."""
+    saved(tmp_path, DECODERS["qwen3"]())
+    ours, begin = checkpoint.load(tmp_path), torch.randint(97, (20,)).tolist()
+    ends = [[5, 6, 7, 8], [5, 6, 9], [5], [5, 6, 7, 8], [], [11, 6]]
+    family = [(begin + end, start) for end, start in zip(ends, (20, 20, 20, 3, 19, 0))]
+    examples = [family, (begin[:7], 2), family[:3], [(begin + [3], 18), (begin + [4], 20)]]
+    ids, lengths, _, _ = M.pack(examples, "cpu")
+    assert lengths == [[19, 4, 3, 1, 4, 0, 2], [6, 0], [20, 3, 2, 0], [20, 0, 0]]
+    assert len(ids) == sum(map(sum, lengths))
+    alone = [e for example in examples for e in (example if isinstance(example, list) else [example])]
+    want = torch.cat([ours.losses([e]) for e in alone])
+    torch.testing.assert_close(ours.losses(examples), want, rtol=1e-5, atol=1e-5)
+    first = torch.log_softmax(ours(torch.tensor([family[0][0]]))[0], -1)
+    torch.testing.assert_close(want[:4], -first[range(19, 23), ends[0]], rtol=1e-5, atol=1e-5)
+
+
+def test_the_last_block_sees_after_attention_the_supervised_positions_alone(tmp_path):
+    saved(tmp_path, DECODERS["llama3"]())
+    ours, seen = checkpoint.load(tmp_path), []
+    for block in ours.blocks():
+        for part in (block.self_attn.o_proj, block.mlp):
+            part.register_forward_pre_hook(lambda m, a: seen.append(len(a[0])))
+    ours.losses([(list(range(12)), 9), (list(range(5)), 4)])
+    assert seen == [15, 15, 4, 4]               # 11 + 4 tokens that predict, 3 + 1 of them supervised
 
 
 def test_left_padding_changes_nothing_and_is_never_nan(tmp_path):
