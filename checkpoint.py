@@ -219,11 +219,26 @@ def pick_device(name):
         raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
 
 
-def pick_dtype(name, device):
-    """'auto': bf16 where the GPU has it, else fp32."""
+def pick_dtype(name, device, path=None):
+    """
+    'auto': bf16 where the GPU has it, or where a CPU has it and the checkpoint at `path` is in it; else fp32,
+    and for the bundled model, whose run is not to differ from one machine to another.
+    """
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        if path is not None and Path(path).resolve() == TINY:
+            name = "float32"
+        elif path is not None and device.type == "cpu" and cpu_has_bf16():
+            config = read_json(resolve(path) / "config.json")
+            if config.get("dtype", config.get("torch_dtype")) == "bfloat16":
+                name = "bfloat16"
+                print("dtype bfloat16, the checkpoint's own, which this processor has; or: --dtype float32")
     return getattr(torch, name)
+
+
+def cpu_has_bf16():
+    """Whether the processor multiplies bf16 in hardware; one with AMX has AVX512-BF16, too."""
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 # -------------------------------------------------------------------------------- method files

@@ -277,7 +277,7 @@ def load_model(args, module, sets):
     """-> model with its adapter, tokenizer. A classifier without a head gets one, if one fits all sets."""
     device = checkpoint.pick_device(args.device)
     labels = {tasks.labels_of(module, name) for name in sets}
-    model = checkpoint.load(args.model, checkpoint.pick_dtype(args.dtype, device), device,
+    model = checkpoint.load(args.model, checkpoint.pick_dtype(args.dtype, device, args.model), device,
                             num_labels=labels.pop() if len(labels) == 1 else None)
     tasks.check_kind(model, module)
     if args.adapter:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PRESETS = {"tiny": {"all": dict(
     model=str(Path(__file__).resolve().parent / "data" / "tiny"), task="arithmetic", lr=1e-2, batch_size=32,
-    max_steps=240, warmup_steps=20, log_every=20)}}
+    max_steps=240, warmup_steps=20, log_every=20, dtype="float32")}}
 
 
 def rows(name, method):

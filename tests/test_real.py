@@ -37,7 +37,7 @@ def test_smollm2_learns_the_form_of_boolq_and_merges(smollm2, shared_data, tmp_p
     out = tmp_path / "run"
     train.main(["--method", "gfa", "--rank", "8", "--lr", "3e-3", "--model", str(smollm2), "--task", "boolq",
                 "--data", str(shared_data), "--max_steps", "60", "--eval_limit", "100", "--merge",
-                "--out_dir", str(out)])
+                "--dtype", "float32", "--out_dir", str(out)])
     summary = json.loads((out / "summary.json").read_text())
     print(json.dumps(summary))
     assert summary["loss_before"] > 2.5 and summary["loss_after"] <= 0.15
@@ -61,8 +61,8 @@ def test_a_short_run_on_smollm2_merges_to_the_same_function(method, flags, smoll
     """Twelve steps, with re-initialisations in between where there are any; the bound is fp32's."""
     out = tmp_path / "run"
     train.main(["--method", method, "--rank", "8", "--model", str(smollm2), "--task", "boolq",
-                "--data", str(shared_data), "--max_steps", "12", "--eval_limit", "8", "--no-eval_before",
-                "--merge", "--out_dir", str(out), *flags])
+                "--data", str(shared_data), "--dtype", "float32", "--max_steps", "12", "--eval_limit", "8",
+                "--no-eval_before", "--merge", "--out_dir", str(out), *flags])
     merged, adapted, base = (checkpoint.load(path) for path in (out / "merged", smollm2, smollm2))
     checkpoint.load_adapter(adapted, out / "adapter")
     ids = questions(smollm2, shared_data)
@@ -77,7 +77,7 @@ def test_a_short_run_on_smollm2_merges_to_the_same_function(method, flags, smoll
     ("gsm8k", "accuracy"), ("AQuA", "likelihood"), ("humaneval", "pass@1"), ("mbpp", "pass@1")])
 def test_smollm2_answers_math_and_code(task, metric, smollm2, shared_data, tmp_path, capsys):
     evaluate.main(["--model", str(smollm2), "--task", task, "--data", str(shared_data), "--limit", "2",
-                   "--out", str(tmp_path / "out"), "--allow_code_execution"])
+                   "--dtype", "float32", "--out", str(tmp_path / "out"), "--allow_code_execution"])
     assert f" {metric} " in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "out" / f"{task}.jsonl").read_text().splitlines()]
     assert len(lines) == 2

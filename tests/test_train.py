@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -595,6 +596,40 @@ def test_a_family_names_the_sets_that_are_not_there(shared_data, tmp_path, capsy
     assert "after_accuracy" not in summary
     assert ("not found: social_i_qa (commonsense/social_i_qa.json, from LLM-Adapters, "
             "dataset/social_i_qa/test.json); the mean is over the others") in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_bf16_run_of_the_bundled_model_learns_as_well(tmp_path):
+    summary = run("--method", "gfa", "--rank", 8, "--dtype", "bfloat16", out=tmp_path / "run")
+    assert summary["before"]["mean"] <= 0.10 and summary["after"]["mean"] >= 0.95
+
+
+def test_dtype_auto_is_the_checkpoints_bf16_where_the_processor_has_it(tiny, tmp_path, monkeypatch, capsys):
+    """The bundled checkpoint is bf16 and runs in fp32 on any machine; a copy of it is like any other."""
+    shutil.copytree(tiny, tmp_path / "copy")
+    cpu, config = torch.device("cpu"), checkpoint.read_json(tiny / "config.json")
+    kind = config.pop("torch_dtype", None) or config.pop("dtype")
+    assert kind == "bfloat16"
+    for spelling in ("dtype", "torch_dtype"):
+        for said, has, want in (("bfloat16", True, torch.bfloat16), ("bfloat16", False, torch.float32),
+                                ("float32", True, torch.float32)):
+            checkpoint.write_json(tmp_path / "copy" / "config.json", config | {spelling: said})
+            monkeypatch.setattr(checkpoint, "cpu_has_bf16", lambda has=has: has)
+            assert checkpoint.pick_dtype("auto", cpu, tmp_path / "copy") == want
+            printed = capsys.readouterr().out
+            assert printed.startswith("dtype bfloat16, ") if want == torch.bfloat16 else not printed
+    monkeypatch.setattr(checkpoint, "cpu_has_bf16", lambda: True)
+    for path in (tiny, str(tiny)):
+        assert checkpoint.pick_dtype("auto", cpu, path) == torch.float32
+    assert checkpoint.pick_dtype("bfloat16", cpu, tiny) == torch.bfloat16
+    assert train.parse([])[0].dtype == "float32" and train.parse(["--model", "x"])[0].dtype == "auto"
+
+
+def test_the_flags_of_the_processor_are_the_systems():
+    file = Path("/proc/cpuinfo")
+    if not file.exists():
+        pytest.skip("no /proc/cpuinfo")
+    assert checkpoint.cpu_has_bf16() == ("avx512_bf16" in file.read_text().split())
 
 
 # ------------------------------------------------------------------------------------ Lion's constants
