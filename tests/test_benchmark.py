@@ -25,7 +25,7 @@ def bench():
 def found(tmp_path_factory):
     """What a smoke run of all parts leaves."""
     out = tmp_path_factory.mktemp("benchmark")
-    B.main(["--quick", "--device", "cpu", "--out", str(out)])
+    B.main(["--quick", "--device", "cpu", "--peak", "0.1", "--out", str(out)])
     return json.loads((out / "benchmark.json").read_text())
 
 
@@ -33,6 +33,7 @@ def test_every_part_runs_and_leaves_its_figures(found):
     assert list(found["parts"]) == list(found["seconds"]) == list(B.PARTS)
     assert found["command"].startswith("python experiments/benchmark.py --quick --device cpu")
     assert {"processor", "cores", "threads", "torch", "peft", "commit"} <= found["machine"].keys()
+    assert "lora: MFU" in {r["what"] for r in found["parts"]["peft"]}
     for rows in found["parts"].values():
         assert rows and all(0 < r["low"] <= r["median"] <= r["high"] for r in rows)
 
@@ -52,6 +53,15 @@ def test_padded_and_packed_contenders_have_the_same_loss_as_transformers(bench):
               B.of_padded(B.theirs(bench, "dora").model, batch)]
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_shape_has_random_weights_and_the_texts_of_the_models_tokenizer(bench, monkeypatch):
+    small = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=1, vocab_size=50)
+    monkeypatch.setitem(B.SHAPES, "small", B.SHAPES["qwen2.5-1.5b"] | small)
+    shape = B.prepare(SimpleNamespace(**vars(bench.args) | dict(shape="small")))
+    assert [([i % 50 for i in ids], start) for ids, start in bench.examples] == shape.examples
+    batch = shape.batches[0]
+    torch.testing.assert_close(B.of_padded(B.of_transformers(shape), batch), B.of_packed(shape.model, batch))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "gralora"])
