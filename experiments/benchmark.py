@@ -188,7 +188,7 @@ def part_peft(bench):
 
 
 def part_methods(bench):
-    """A step of our methods over our LoRA's; for one long sequence its memory, and the adapter's FLOPs."""
+    """A step of our methods over our LoRA's; FLOPs are the adapter's, memory is that of one long sequence."""
     rows, n = [], 128 if bench.args.quick else 1024
     batch = [(torch.randint(bench.model.cfg.vocab_size, (n,)).tolist(), n * 7 // 8)]
     for targets, contenders in METHODS.items():
@@ -203,9 +203,10 @@ def part_methods(bench):
             step.model.checkpointing = True
             cost = dict(trainable=trains, memory=plain, checkpointing=peak_memory(bench, step, batch))
             step.model.checkpointing = False
-            costs.append(cost | {"and weights": plain + weights, "FLOPs": flops(step, batch)})
-        own = 6 * n * costs[0]["trainable"]             # LoRA's are 6 n r (in + out); the rest is the model's
-        frozen = costs[0]["FLOPs"] - own
+            costs.append(cost | {"and weights": plain + weights, "FLOPs": flops(step, bench.batches[0])})
+        # LoRA's own are 6 r (in + out) a token, the rest is the model's.
+        tokens = sum(len(ids) for ids, _ in bench.batches[0])
+        frozen = costs[0]["FLOPs"] - 6 * tokens * costs[0]["trainable"]
         for cost in costs:
             cost["FLOPs"] -= frozen
         rows += [found | {name: value / costs[0][name] for name, value in cost.items()}
