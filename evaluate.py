@@ -68,9 +68,8 @@ def predict(model, examples):
 
 def likelihoods(model, tokenizer, rows):
     """nll of the rows' outputs; {row number: the choice whose text has the least loss} where it has any."""
-    texts = [[None, *row.get("choices", {}).values()] for row in rows]          # None: the right output
-    losses = nll(model, [[text.example(tokenizer, row, words) for words in some]
-                         for row, some in zip(rows, texts)])
+    losses = nll(model, [[text.example(tokenizer, row, words) for words in (None, *choices.values())]
+                         for row in rows for choices in (row.get("choices", {}),)])     # None: its output
     best = {i: min(zip(found[1:], rows[i]["choices"]))[1] for i, found in enumerate(losses) if found[1:]}
     return [right for right, *_ in losses], best
 

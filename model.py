@@ -5,8 +5,8 @@ Modules carry the names that Hugging Face uses, so its safetensors load with no 
 
 Two layouts of tokens, in every model:
     padded  ids (b, t)                      rows of one length, or padded ones with `real` marking the tokens
-    packed  ids (n,), lengths [t1, t2, ..]  sequences laid end to end, n = t1 + t2 + ..: nothing is padded.
-            Linears, norms and the loss see one long row; positions restart and attention stays in a sequence.
+    packed  ids (n,), lengths [t1, t2, ..]  sequences laid end to end, n = t1 + t2 + ..: Linears, norms, the
+            loss see one long row without pads; positions restart, and attention stays in a sequence.
 
 Shapes: b batch, t new tokens, s cached + new tokens, n packed tokens, d hidden, h query heads, g key/value
 heads, e head size, v vocabulary. `...` is (b, t) or (n).
