@@ -326,8 +326,8 @@ def main(argv=None):
             raise ValueError(f"val_rows {args.val_rows}, there are {len(rows)} training rows")
         torch.manual_seed(args.seed)        # a new classification head, what inject draws, dropout
         device = checkpoint.pick_device(args.device)
-        dtype, labels = checkpoint.pick_dtype(args.dtype, device), tasks.labels_of(task, args.task)
-        model = checkpoint.load(args.model, dtype, device, labels)
+        dtype = checkpoint.pick_dtype(args.dtype, device, args.model)
+        model = checkpoint.load(args.model, dtype, device, tasks.labels_of(task, args.task))
         tasks.check_kind(model, task)
         tokenizer = text.Tokenizer(args.model, model.cfg)
         examples, cut = text.encode(tokenizer, rows, args.max_len, args.train_on_prompt)

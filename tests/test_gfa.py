@@ -481,7 +481,7 @@ def test_nothing_is_kept_in_training_with_gradient_or_after_train():
 
 
 def step(make, **own):
-    """Training in eval mode, with no train() or eval() between; torch does not count a fused step's writes."""
+    """Training in eval mode, no train() or eval() between; torch does not count a fused step's writes."""
     def change(model, x):
         optimizer = make(model.adapter.parameters(), 0.1, **own)
         loss = model(x).square().sum()
