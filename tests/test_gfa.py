@@ -481,7 +481,7 @@ def test_nothing_is_kept_in_training_with_gradient_or_after_train():
 
 
 def step(make, **own):
-    """Training in eval mode, no train() or eval() between; torch does not count a fused step's writes."""
+    """Training in eval mode, with no train() or eval() between; torch does not count a fused step."""
     def change(model, x):
         optimizer = make(model.adapter.parameters(), 0.1, **own)
         loss = model(x).square().sum()
@@ -495,11 +495,6 @@ def step(make, **own):
 @torch.no_grad()
 def fill(tensor):
     tensor.normal_()
-
-
-def there_and_back(model, x):
-    """Rounded: another function. Tensors of the first size may come to lie where the first ones were."""
-    model.to(torch.bfloat16).to(torch.float64)
 
 
 def load(model, x, **how):
@@ -534,7 +529,7 @@ CHANGES = {
     "data, then eval()": swap,
     "SGD": step(torch.optim.SGD), "AdamW": step(torch.optim.AdamW, foreach=False),
     "foreach": step(torch.optim.AdamW, foreach=True), "fused": step(torch.optim.AdamW, fused=True),
-    ".to() there and back": there_and_back,
+    ".to() there and back": lambda model, x: model.to(torch.bfloat16).to(torch.float64),
 }
 
 
@@ -555,6 +550,22 @@ def test_what_is_kept_is_never_stale(change):
     assert (want - before).abs().max() > 1e-6
     for y in after:
         torch.testing.assert_close(y, want, rtol=1e-9, atol=1e-12)
+
+
+def test_a_weight_at_the_address_of_a_former_one_is_told_from_it():
+    """What is kept holds the memory of what it was formed from, so no other tensor can come to lie there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 512, bias=False))
+    gfa.inject(model, ("0",), 2)
+    layer, W, x = model.eval()[0], model[0].base.weight, torch.randn(3, 512)
+    with torch.no_grad():
+        for _ in range(20):
+            layer(x)
+            address, W.data = W.data_ptr(), torch.empty(0)
+            others = [torch.randn(512, 512) for _ in range(8)]
+            W.data = next((t for t in others if t.data_ptr() == address), others[0])
+            del others
+            assert torch.equal(layer(x), F.linear(x, W))
 
 
 def test_a_dtype_changed_and_a_copy_changed_are_not_stale_either():
