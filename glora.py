@@ -82,10 +82,9 @@ def take_end(order, k, where):
 
 def region_svd(M, k, svd, oversample, local_init, **_):
     """The k triplets of a region M (n, m) that its local adapter starts on (Eq. 13)."""
-    width = oversample * k
-    if svd == "exact" or local_init == "bottom" or width >= min(M.shape):
+    if svd == "exact" or local_init == "bottom" or oversample * k >= min(M.shape):
         return exact_svd(M, take_end(torch.arange(min(M.shape)), k, local_init)[0])
-    U, S, V = torch.svd_lowrank(M, q=width, niter=2)        # Halko et al. 2011
+    U, S, V = torch.svd_lowrank(M, q=oversample * k, niter=2)        # Halko et al. 2011
     return U[:, :k], S[:k], V[:, :k]
 
 
@@ -129,8 +128,8 @@ class GLoRALinear(nn.Module):
             L, _ = take_end(others, r_l, own["local_init"])
             A, B = balanced(*exact_svd(W, torch.cat((G, L))))       # Eqs. 4, 5, Alg. 1 line 15
         (G_A, L_A), (G_B, L_B) = A.split((r_g, r_l)), B.split((r_g, r_l), 1)
-        self.lora_global_A = nn.Parameter(G_A.clone())  # clones: parameters share no storage
-        self.lora_global_B = nn.Parameter(G_B.clone())
+        # Clones: parameters share no storage.
+        self.lora_global_A, self.lora_global_B = (nn.Parameter(G.clone()) for G in (G_A, G_B))
         self.lora_fixed_A, self.lora_fixed_B = nn.Buffer(G_A.clone()), nn.Buffer(-G_B)      # Eq. 5
         pair = (None, torch.zeros_like(W)) if is_dense(r_l, o, i) else (L_A.clone(), L_B.clone())
         self.start(torch.arange(i, device=W.device), torch.arange(o, device=W.device), *pair)
@@ -141,8 +140,7 @@ class GLoRALinear(nn.Module):
         """A local adapter on this region: A (r, m), B (n, r); or, dense, A None and B (n, m)."""
         self.lora_rows, self.lora_columns = nn.Buffer(rows), nn.Buffer(columns)
         self.lora_local_A = None if A is None else nn.Parameter(A)
-        self.lora_local_B = nn.Parameter(B)
-        self.scores = None                              # of A, B: summed over the stage by observe
+        self.lora_local_B, self.scores = nn.Parameter(B), None      # scores of A, B: see observe
 
     def local(self):
         """A (r, i), B (o, r) of the local update: zero outside of its region."""

@@ -326,7 +326,8 @@ def main(argv=None):
             spread = f"{r['what']:40} {r['median']:8.3f} {r['unit']} [{r['low']:.3f}, {r['high']:.3f}]"
             print("  ".join([spread, *(f"{key} {r[key]:.3f}" for key in list(r)[6:])]), flush=True)
         checkpoint.write_json(out / f"{name}.json", result)
-    draw(out / f"{name}.png", [r for found in parts.values() for r in found if r["unit"] == "x"])
+    if ratios := [r for found in parts.values() for r in found if r["unit"] == "x"]:
+        draw(out / f"{name}.png", ratios)
 
 
 if __name__ == "__main__":
