@@ -194,8 +194,6 @@ def part_methods(bench):
     for targets, contenders in METHODS.items():
         steps, costs = {}, []
         for what, (name, how) in contenders.items():
-            if name not in checkpoint.method_files():
-                continue
             step = steps[what] = ours(bench, name, targets, **how)
             trains = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
             plain, weights = peak_memory(bench, step, batch), sum(p.nbytes for p in step.model.parameters())
