@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import checkpoint
 from data import tasks, text
-from model import batches, generate
+from decode import batches, generate
 
 # ------------------------------------------------------------------------------------ likelihood
 

@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import train
 from data import tasks, text
-from model import generate, targets_of
+from decode import generate
+from model import targets_of
 
 SHAPES = {name: dict(model_type=kind, hidden_size=d, intermediate_size=f, num_hidden_layers=n, vocab_size=v,
                      num_attention_heads=h, num_key_value_heads=g, rms_norm_eps=1e-5, rope_theta=theta)

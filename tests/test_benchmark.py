@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 
 import checkpoint
-from model import generate
+from decode import generate
 
 pytest.importorskip("peft")
 sys.path.insert(0, str(ROOT / "experiments"))

@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT
 
 import checkpoint
+import decode as D
 import evaluate as E
-import model as M
 from data import arithmetic, tasks, text
 
 FLOAT32 = 1e-5      # losses are float32 in a float64 model too: an ulp of its largest logits, 28, is 2e-6
@@ -80,39 +80,39 @@ def test_batched_cached_left_padded_generation_is_one_by_one(net, tok, prompts, 
     assert len({len(w) for w in want}) > 1 and sum(len(w) < 30 for w in want) > 2      # at different places
     sizes = []
     for budget in (1, 600, 10**6):
-        monkeypatch.setattr(M, "BATCH_TOKENS", budget)
-        assert M.generate(net, prompts, 30, tok.eos) == want
-        sizes.append(len(list(M.batches([len(p) + 30 for p in prompts], budget))))
+        monkeypatch.setattr(D, "BATCH_TOKENS", budget)
+        assert D.generate(net, prompts, 30, tok.eos) == want
+        sizes.append(len(list(D.batches([len(p) + 30 for p in prompts], budget))))
     assert sizes[0] == 9 > sizes[1] > sizes[2] == 1
 
 
 def test_generation_stops_at_any_eos_and_at_the_limit(net, tok, prompts):
     free = one_by_one(net, prompts[0], 12, [])
     assert len(set(free[:5])) > 2
-    assert M.generate(net, prompts[:1], 12, eos=[]) == [free]
-    assert M.generate(net, prompts[:1], 5, eos=[]) == [free[:5]]
+    assert D.generate(net, prompts[:1], 12, eos=[]) == [free]
+    assert D.generate(net, prompts[:1], 5, eos=[]) == [free[:5]]
     stop = free[4]
-    assert M.generate(net, prompts[:1], 12, eos=[10**6, stop]) == [free[:free.index(stop)]]
+    assert D.generate(net, prompts[:1], 12, eos=[10**6, stop]) == [free[:free.index(stop)]]
 
 
 def test_logits_beyond_the_vocabulary_are_masked(net, tok, prompts):
-    want, padded = M.generate(net, prompts, 10, tok.eos), net.cfg.vocab_size
+    want, padded = D.generate(net, prompts, 10, tok.eos), net.cfg.vocab_size
     widen = lambda m, a, logits: torch.cat([logits, logits.new_full((*logits.shape[:-1], 8), 1e6)], -1)
     with net.register_forward_hook(widen):
-        assert M.generate(net, prompts[:1], 1, tok.eos) == [[padded]]
-        assert M.generate(net, prompts, 10, tok.eos, tok.size) == want
+        assert D.generate(net, prompts[:1], 1, tok.eos) == [[padded]]
+        assert D.generate(net, prompts, 10, tok.eos, tok.size) == want
 
 
 def test_a_token_is_drawn_from_the_likeliest_that_hold_top_p():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]))
-    assert M.pick(logits).tolist() == [0, 3] and M.pick(logits, 1e-4).tolist() == [0, 3]
+    assert D.pick(logits).tolist() == [0, 3] and D.pick(logits, 1e-4).tolist() == [0, 3]
     torch.manual_seed(0)
     many = logits.repeat(20000, 1)
     for temperature, top_p, want in (
             (1.0, 1.0, [0.5, 0.3, 0.15, 0.05]), (1.0, 0.9, [0.5, 0.3, 0.15, 0]),
             (1.0, 0.79, [0.5, 0.3, 0, 0]), (1.0, 0.49, [1, 0, 0, 0]), (1.0, 0.01, [1, 0, 0, 0]),
             (0.5, 1.0, [0.25, 0.09, 0.0225, 0.0025])):
-        drawn = M.pick(many, temperature, top_p).view(-1, 2)
+        drawn = D.pick(many, temperature, top_p).view(-1, 2)
         for column, order in ((0, [0, 1, 2, 3]), (1, [3, 2, 1, 0])):
             share = drawn[:, column].bincount(minlength=4)[order] / len(drawn)
             want_share = torch.tensor(want) / sum(want)     # its deviation in 20000 draws is at most 0.0035
@@ -123,35 +123,35 @@ def test_a_token_is_drawn_from_the_likeliest_that_hold_top_p():
 def test_tokens_that_hold_exactly_top_p_are_enough():
     """Quarters and their sums are exact in any arithmetic; which two of the four are kept is the sort's."""
     torch.manual_seed(0)
-    drawn = [M.pick(torch.zeros(1, 4), 1.0, 0.5).item() for _ in range(60)]
+    drawn = [D.pick(torch.zeros(1, 4), 1.0, 0.5).item() for _ in range(60)]
     assert len(set(drawn)) == 2
 
 
 def test_sampling_differs_from_sample_to_sample_and_repeats_with_the_seed(net, tok, prompts):
     def draw():
         torch.manual_seed(1)
-        return M.generate(net, prompts[:1] * 6, 12, tok.eos, tok.size, temperature=2.0)
+        return D.generate(net, prompts[:1] * 6, 12, tok.eos, tok.size, temperature=2.0)
 
     first = draw()
     assert len(set(map(tuple, first))) > 1 and draw() == first
 
 
 def test_a_row_stops_soon_after_it_is_finished(net, tok, prompts, monkeypatch):
-    monkeypatch.setattr(M, "STOP_EVERY", 4)
-    free = M.generate(net, prompts[:3], 20, [])
+    monkeypatch.setattr(D, "STOP_EVERY", 4)
+    free = D.generate(net, prompts[:3], 20, [])
     asked = []
     finished = lambda i, ids: asked.append((i, len(ids))) or len(ids) >= (8 if i else 4)
-    assert M.generate(net, prompts[:3], 20, [], finished=finished) == [free[0][:4], free[1][:8], free[2][:8]]
+    assert D.generate(net, prompts[:3], 20, [], finished=finished) == [free[0][:4], free[1][:8], free[2][:8]]
     assert {n for _, n in asked} == {4, 8} and {i for i, _ in asked} == {0, 1, 2}
     told = {}
-    M.generate(net, prompts[:3], 5, [], each=told.__setitem__)
+    D.generate(net, prompts[:3], 5, [], each=told.__setitem__)
     assert told == {i: row[:5] for i, row in enumerate(free)}
 
 
 def test_rows_that_have_ended_leave_the_batch(net, tok, prompts, monkeypatch):
     want, sizes = [one_by_one(net, p, 30, tok.eos) for p in prompts], []
     handle = net.register_forward_pre_hook(lambda m, a: sizes.append(len(a[0])))
-    assert M.generate(net, prompts, 30, tok.eos) == want
+    assert D.generate(net, prompts, 30, tok.eos) == want
     handle.remove()
     lasts = [len(row) + 1 if len(row) < 30 else 30 for row in want]             # tokens drawn, EOS included
     assert sizes == [sum(map(len, prompts))] + [sum(n > step for n in lasts) for step in range(1, max(lasts))]
@@ -168,7 +168,7 @@ def test_nll_is_the_sum_of_token_losses_in_any_batching(net, tok, monkeypatch):
         parts = [-log_p[t - 1, ids[t]].item() for t in range(max(start, 1), len(ids))]
         want.append((pytest.approx(sum(parts), rel=FLOAT32), len(parts)))
     for budget in (1, 200, 10**6):
-        monkeypatch.setattr(M, "BATCH_TOKENS", budget)
+        monkeypatch.setattr(D, "BATCH_TOKENS", budget)
         assert E.nll(net, examples) == want
 
 
@@ -246,7 +246,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(net, tok, tmp_path, 
     kept = "".join(json.dumps({k: line[k] for k in ("row", "prompt", "output")}) + "\n" for line in kept)
     file.write_text(kept + whole.splitlines()[2][:30])
     asked = []
-    real = M.generate
+    real = D.generate
     counted = lambda model, prompts, *a, **k: asked.append(len(prompts)) or real(model, prompts, *a, **k)
     monkeypatch.setattr(E, "generate", counted)
     E.evaluate(net, tok, arithmetic, rows, file)
@@ -303,7 +303,7 @@ def test_a_continuation_keeps_the_space_that_a_decoder_drops_at_the_start():
 def test_each_output_is_on_disk_as_soon_as_its_batch_is_done_and_before_any_score(net, tok, tmp_path,
                                                                                   monkeypatch):
     rows, file, seen = arithmetic.generate("test", 4, 1, 0), tmp_path / "easy.jsonl", []
-    monkeypatch.setattr(M, "BATCH_TOKENS", 1)                   # a row a batch
+    monkeypatch.setattr(D, "BATCH_TOKENS", 1)                   # a row a batch
     monkeypatch.setattr(E, "nll", lambda *a: 1 / 0)
     forward, written = net.forward, lambda: file.read_text().count("\n") if file.exists() else 0
     monkeypatch.setattr(net, "forward", lambda *a, **k: seen.append(written()) or forward(*a, **k))

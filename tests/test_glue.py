@@ -8,8 +8,8 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 import checkpoint
+import decode as D
 import evaluate as E
-import model as M
 import train
 from data import glue, text
 from experiments.small_roberta import make
@@ -166,7 +166,7 @@ def test_packed_batches_are_one_by_one(roberta, data, monkeypatch):
     labels = torch.tensor([row["label"] for row in rows])
     want = torch.nn.functional.cross_entropy(alone, labels, reduction="none").tolist()
     for budget in (1, 50, 10**6):
-        monkeypatch.setattr(M, "BATCH_TOKENS", budget)
+        monkeypatch.setattr(D, "BATCH_TOKENS", budget)
         assert [loss for loss, _ in E.nll(net, examples)] == pytest.approx(want)
         right = accuracy_score(labels, alone.argmax(-1))
         assert E.evaluate(net, tok, glue, rows)["accuracy"] == right

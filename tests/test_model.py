@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import decode as D
 import model as M
 from data import text
 
@@ -467,4 +468,4 @@ def test_smollm2_is_transformers_smollm2(smollm2):
         want = want[0, len(prompt):]
     print(f"SmolLM2: largest logit difference {difference:.1e}")
     assert difference <= 1e-3
-    assert M.generate(ours, [prompt], 20, eos=[]) == [want.tolist()]
+    assert D.generate(ours, [prompt], 20, eos=[]) == [want.tolist()]

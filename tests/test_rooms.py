@@ -6,13 +6,14 @@ from conftest import ROOT
 
 import checkpoint
 
-OURS = {"train", "evaluate", "data", "checkpoint", "model", "presets", "distributed"}
+OURS = {"train", "evaluate", "data", "checkpoint", "decode", "model", "presets", "distributed"}
 MAY = {
     "train.py": OURS - {"train"},
-    "evaluate.py": {"data", "checkpoint", "model"},
+    "evaluate.py": {"data", "checkpoint", "decode", "model"},
     "data/text.py": {"checkpoint"},
     "data/tasks.py": set(),                         # it finds task files, and imports them by name
     "checkpoint.py": {"model"},
+    "decode.py": set(),
     "model.py": set(),
     "presets.py": set(),
 }

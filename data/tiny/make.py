@@ -20,7 +20,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import checkpoint
 from data import arithmetic, text
-from model import generate, pack
+from decode import generate
+from model import pack
 
 STEPS, BATCH, LR, WARMUP = 2000, 64, 3e-3, 100
 LEADS = ("", "", "Let us see. ", "We count. ", "First we write it down: ", "So ")   # no fixed place for a sum
