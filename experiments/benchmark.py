@@ -31,6 +31,7 @@ import checkpoint
 import train
 from data import tasks, text
 from decode import generate
+from evaluate import nll
 from model import targets_of
 
 SHAPES = {name: dict(model_type=kind, hidden_size=d, intermediate_size=f, num_hidden_layers=n, vocab_size=v,
@@ -213,8 +214,8 @@ def part_methods(bench):
     return rows
 
 
-def part_generation(bench):
-    """Greedy decoding by transformers over ours; every row has as many new tokens."""
+def part_evaluation(bench):
+    """Greedy decoding of as many tokens by transformers over ours; four choices scored apart over ours."""
     hf, new, rows = of_transformers(bench), 8 if bench.args.quick else 32, []
     hf.generation_config.eos_token_id = None
 
@@ -227,7 +228,12 @@ def part_generation(bench):
     prompts = [ids[:start] for ids, start in bench.examples]
     for b in (1, 16):
         rows += race(bench, f"batch {b}", contenders, [prompts[i:i + b] for i in range(0, len(prompts), b)])
-    return rows
+    answers = [ids[start:] for ids, start in bench.examples]
+    choices = [[(prompt + answer, len(prompt)) for answer in (answers * 2)[i:i + 4]]
+               for i, prompt in enumerate(prompts)]
+    contenders = dict(ours=lambda some: nll(bench.model, some),
+                      apart=lambda some: nll(bench.model, sum(some, [])))
+    return rows + race(bench, "choices", contenders, [choices[i:i + 16] for i in range(0, len(choices), 16)])
 
 
 def part_init(bench):
