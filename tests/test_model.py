@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 
 import checkpoint
 import decode as D
@@ -218,6 +219,25 @@ def test_checkpointing_changes_memory_not_gradients(tmp_path):
         W.grad = None
     torch.testing.assert_close(*grads)
     assert grads[0].abs().sum() > 0 and kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_loss_and_gradients_are_those_of_transformers_on_a_padded_batch(name, tmp_path):
+    """fp32, every weight; the padded batch has its labels at -100 where there is no loss."""
+    hf = saved(tmp_path, DECODERS[name]())
+    ours, lengths, starts = checkpoint.load(tmp_path), [17, 3, 29, 8], [9, 1, 28, 0]
+    examples = [(torch.randint(97, (t,)).tolist(), start) for t, start in zip(lengths, starts)]
+    ours.losses(examples).mean().backward()
+    pad = lambda rows, value: pad_sequence([torch.tensor(row) for row in rows], True, value)
+    loss = hf(pad([ids for ids, _ in examples], 0), attention_mask=pad([[1] * t for t in lengths], 0),
+              labels=pad([[-100] * start + ids[start:] for ids, start in examples], -100)).loss
+    loss.backward()
+    torch.testing.assert_close(ours.losses(examples).mean(), loss, rtol=1e-5, atol=1e-5)
+    theirs = dict(hf.named_parameters())
+    for name, p in ours.named_parameters():
+        want = theirs.pop(name).grad
+        torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-5 * want.abs().max().item(), msg=name)
+    assert not theirs
 
 
 def roberta(**kw):
