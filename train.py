@@ -337,7 +337,9 @@ def main(argv=None):
         epoch_steps = math.ceil(len(examples) / args.batch_size)
         steps = args.max_steps or math.ceil(args.epochs * epoch_steps)
         reinits = reinit_steps(args.reinit_every, args.reinit_at, steps, epoch_steps)
-        record = adapt(args, method, model)
+        # On a GPU calls return before their work is done.
+        clock = lambda: device.type == "cuda" and torch.cuda.synchronize(device) or time.perf_counter()
+        began, record, injected = clock(), adapt(args, method, model), clock()
         optimizer = make_optimizer(method, args, [p for p in model.parameters() if p.requires_grad])
     except (ValueError, OSError) as error:
         Parser(prog="train.py").error(error)    # one line, exit 2
@@ -349,7 +351,8 @@ def main(argv=None):
     (out / "eval").mkdir(parents=True)
     checkpoint.write_json(out / "args.json", vars(args))
     checkpoint.write_json(out / "env.json", environment(device))
-    summary = dict(task=args.task, method=args.method, rank=args.rank, trainable=trainable, steps=steps)
+    summary = dict(task=args.task, method=args.method, rank=args.rank, trainable=trainable, steps=steps,
+                   inject_seconds=injected - began, reinit_seconds=[])
     started = time.perf_counter()
     if args.eval_before:
         summary |= measure("before", args, model, tokenizer, task, sets, out)
@@ -385,7 +388,9 @@ def main(argv=None):
         optimizer.step()
         optimizer.zero_grad()
         if step in reinits:
+            reinit_began = clock()
             method.reinit(model, optimizer)
+            summary["reinit_seconds"].append(clock() - reinit_began)
             adapted = sum(hasattr(m, "delta") for m in model.modules())
             tqdm.write(f"step {step}: re-initialised, {adapted} modules")
             if args.compile:        # new shapes add up to dynamo's limit, where it falls back to eager

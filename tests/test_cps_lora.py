@@ -7,6 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import trainable
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import cps_lora as cps
 import gralora
@@ -582,6 +584,25 @@ def test_a_cluster_is_skewed_under_half_of_the_equal_share_and_not_at_it(m, few,
     for strategy in ("spectral-balance1", "spectral-balance2"):
         found = cps.cluster(P, Q, 2, strategy)[0].bincount().tolist()
         assert sorted(found) == ([m // 2] * 2 if skewed else [few, m - few])
+
+
+@pytest.mark.parametrize("strategy", sorted(set(cps.STRATEGIES) - {"none"}))
+@pytest.mark.parametrize("m, n", [(2100, 2300), (2300, 2100)])
+def test_clustering_forms_nothing_of_half_the_weights_size(strategy, m, n):
+    """The largest are the 1024 rows of ΔW in which the minimum is sought: of 4096, a quarter."""
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+            out = call(*args, **kwargs or {})
+            sizes.extend(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    torch.manual_seed(0)
+    P, Q = torch.randn(m, 8), torch.randn(n, 8)
+    with Sizes():
+        cps.cluster(P, Q, 2, strategy)
+    assert m <= max(sizes) < m * n / 2
 
 
 def test_random_clusters_are_scattered_and_new_ones_every_time():

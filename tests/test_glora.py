@@ -86,6 +86,19 @@ def test_the_exact_route_spans_what_torch_linalg_svd_spans_at_both_ends(n, m, co
                                    rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("n, m", [(40, 40), (60, 30), (30, 60)])
+@pytest.mark.parametrize("condition", [1e5, 1e6, 1e7])
+def test_the_last_triplets_of_a_float32_weight_are_off_by_the_condition_squared_in_float64(n, m, condition):
+    """By 2e-16 (σ₁ / σ)² at most, as neighbours here are 1.3 times apart or more; and fp32's rounding."""
+    k = min(n, m)
+    M = spectrum(n, m, torch.logspace(0, -np.log10(condition), k).double()).float()
+    U, S, Vh = torch.linalg.svd(M.double(), full_matrices=False)
+    bound = torch.finfo(torch.float64).eps * (S[0] / S[-1]) ** 2 + torch.finfo(torch.float32).eps
+    u, s, v = glora.exact_svd(M, torch.tensor([k - 1]))
+    assert sine(U[:, -1:], u) < bound and sine(Vh[-1:].T, v) < bound
+    assert abs(s.item() - S[-1]) < bound * S[-1]
+
+
 def test_a_weight_of_lower_rank_gives_finite_factors():
     A, B = glora.balanced(*glora.exact_svd(torch.zeros(6, 5), torch.tensor([0, 4])))
     assert A.isfinite().all() and B.isfinite().all() and not (B @ A).any()

@@ -351,6 +351,25 @@ def test_hooks_are_called_as_the_contract_says(tmp_path, monkeypatch):
     assert calls[1][2] > 1e-3           # before clipping, and once for the two micro-batches
 
 
+SLOW = '''
+import time
+
+def slowly(call, seconds):
+    return lambda *args, **own: (time.sleep(seconds), call(*args, **own))
+
+inject, reinit = slowly(inject, 0.2), slowly(reinit, 0.1)
+'''
+
+
+@pytest.mark.parametrize("period, reinits", [("1s", 2), ("none", 0)])
+def test_the_summary_has_the_seconds_of_inject_and_of_every_reinit(period, reinits, tmp_path):
+    (tmp_path / "mine.py").write_text(VARIANT + HOOKS + SLOW, encoding="utf-8")
+    summary = run("--method", tmp_path / "mine.py", *FAST, "--reinit_every", period, "--no-eval_before",
+                  out=tmp_path / "run")
+    assert summary["inject_seconds"] >= 0.2
+    assert len(summary["reinit_seconds"]) == reinits and all(s >= 0.1 for s in summary["reinit_seconds"])
+
+
 def test_a_copy_of_lora_is_a_method_without_any_other_edit(tmp_path):
     flags = '{"k": (2, "a number"), "mode": ("a", "a choice", ["a", "b"]), "on": (True, "a switch")}'
     own = VARIANT.replace("DEFAULTS = {}", f"DEFAULTS = {flags}")
