@@ -11,6 +11,7 @@ Metric: Matthews' correlation for CoLA, accuracy for the others, with F1 of the 
 """
 import gzip
 import math
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def rows(directory, task, split):
     try:
         raw = file.read_bytes()
         text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from None
     lines = [line.split("\t") for line in text.replace("\r\n", "\n").removesuffix("\n").split("\n")]
     places, first = entry["columns"], 1

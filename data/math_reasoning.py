@@ -17,6 +17,7 @@ Metric: accuracy of the extracted number (within 0.001) or letter, by one of two
 """
 import re
 from collections import Counter
+from functools import partial
 
 from data.text import read
 
@@ -31,19 +32,24 @@ NOTE = ("The published mix math_10k holds questions of MultiArith, AddSub and Si
         "scores on these three after training on it are no measure of generalisation.")
 
 
+def wrong(task, number, row):
+    """What is wrong with a test row's answer, or None."""
+    answer, lettered = row.get("answer"), task == "AQuA"
+    if not re.fullmatch("[A-E]" if lettered else r"-?\d{1,15}(\.\d+)?", str(answer)):
+        expected = "a letter A - E" if lettered else "a number"
+        return f"{task}, test row {number}: answer {answer!r:.60}, expected {expected}"
+
+
 def rows(directory, task, split, mix=None):
     """
     'test': the rows of one set. 'train': the mix for the family, or one set's own rows of it.
     FileNotFoundError where no file is; ValueError for a bad row, or where the mix has no rows of the set.
     """
     if split == "test":
-        found = read(directory, [TASKS[task]["file"], f"{task}.json", f"dataset/{task}/test.json"])
-        for number, row in enumerate(found, 1):
-            answer = row.get("answer")
-            if not re.fullmatch("[A-E]" if task == "AQuA" else r"-?\d+(\.\d+)?", str(answer)):
-                raise ValueError(f"{task}, test row {number}: answer {answer!r}, "
-                                 f"expected {'a letter A - E' if task == 'AQuA' else 'a number'}")
-            answer = row["answer"] = str(answer)
+        names = [TASKS[task]["file"], f"{task}.json", f"dataset/{task}/test.json"]
+        found = read(directory, names, wrong=partial(wrong, task))
+        for row in found:
+            answer = row["answer"] = str(row["answer"])
             if task == "AQuA":
                 row["choices"] = {letter: f"The answer is ({letter})." for letter in "ABCDE"}
             row["output"] = f"The answer is {f'({answer})' if task == 'AQuA' else f'{float(answer):.10g}'}."

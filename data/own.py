@@ -3,10 +3,13 @@ A user's own file: --task path/to/mine.json (a list) or mine.jsonl (one row a li
 
     {"instruction": "Name the capital of France.", "input": "", "output": "It is Paris.", "answer": "Paris"}
 
-A tenth of the rows (at most 1000) is held out, drawn by a fixed seed, so that train.py and evaluate.py agree.
+Of a row these four fields are read, whatever others it has: `instruction` and `output` are texts, `input` is
+one or missing, `answer` a text or a number or missing. A tenth of the rows (at most 1000) is held out, drawn
+by a fixed seed, so that train.py and evaluate.py agree.
 Metric: with `answer`, the output ends with it, as a whole word or number, in any case, before any closing
 . ! ? " ' ); without, the output equals the row's.
 """
+import math
 import random
 import re
 
@@ -14,11 +17,22 @@ from data.text import read
 
 FAMILY, KIND, MAX_NEW_TOKENS, STOP = "own", "generate", 128, ()
 TASKS = {}      # named by their path
+FIELDS = ("instruction", "input", "output", "answer")
+
+
+def wrong(number, row):
+    """What is wrong with a row's answer, or None."""
+    answer = row.get("answer", 0)
+    number_or_text = type(answer) in (int, float) and abs(answer) < math.inf or (
+        isinstance(answer, str) and answer.strip() and not re.search("[\ud800-\udfff]", answer))
+    if not number_or_text:
+        return f"row {number}: answer {answer!r:.60}, expected a text or a number"
 
 
 def rows(directory, task, split):
     """task is the file's path, taken from the working directory; `directory` (--data) is not used."""
-    found = read("", [task])
+    found = read("", [task], wrong=wrong)
+    found = [{name: row[name] for name in FIELDS if name in row} for row in found]
     if len(found) < 2:
         raise ValueError(f"{task}: {len(found)} row, expected at least 2: one to train on and one held out")
     random.Random(0).shuffle(found)

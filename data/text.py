@@ -6,6 +6,8 @@ adds (answer, choices, prefix, stop) is in its docstring.
 """
 import gzip
 import json
+import re
+import zlib
 from pathlib import Path
 
 import tokenizers
@@ -13,10 +15,14 @@ import tokenizers
 from checkpoint import read_json, resolve
 
 
-def read(directory, names, fields=("instruction", "output"), mix=None):
+ADDED = {"label", "text", "pair", "choices", "prefix", "stop"}      # by task files; files cannot set them
+
+
+def read(directory, names, fields=("instruction", "output"), mix=None, wrong=lambda number, row: None):
     """
-    Rows of the first of these files under directory, .gz or not. ValueError names file, row and field. Of
-    training rows it prints the file: mix is the name that was asked for, or "".
+    Rows of the first of these files under directory, .gz or not. ValueError names file, row and field where
+    one of `fields` is no text, or `input` (of training rows `source`, too) is there and none, and where
+    wrong(number, row) says something. Of training rows it prints the file: mix is the name asked for, or "".
     """
     candidates = [Path(directory or ".", name + end) for name in names for end in ("", ".gz")]
     file = next((c for c in candidates if c.is_file()), None)
@@ -30,16 +36,21 @@ def read(directory, names, fields=("instruction", "output"), mix=None):
         if ".jsonl" in file.suffixes:       # as a list with a row a line, so that an error names the line
             text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
         rows = json.loads(text)
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file}: not JSON ({error})") from None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{file}: expected a list of rows, found {type(rows).__name__ if rows else 'none'}")
+    may = ("input",) if mix is None else ("input", "source")
+    is_text = lambda value: isinstance(value, str) and not re.search("[\ud800-\udfff]", value)   # half a pair
     for number, row in enumerate(rows, 1):
-        for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ValueError(f"{file}: row {number} has no text in {field!r}, "
-                                 f"expected {', '.join(fields)}")
-    return rows
+        given = dict.fromkeys(may, "") | row if isinstance(row, dict) else {}
+        for field in (*fields, *may):
+            if not is_text(given.get(field)):
+                raise ValueError(f"{file}: row {number} has no text in {field!r}, found "
+                                 f"{given.get(field, row)!r:.60}, expected texts in {', '.join(fields)}")
+        if said := wrong(number, row):
+            raise ValueError(f"{file}: {said}")
+    return [{name: row[name] for name in row if name not in ADDED} for row in rows]
 
 
 class Tokenizer:
