@@ -14,7 +14,6 @@ import tokenizers
 
 from checkpoint import read_json, resolve
 
-
 ADDED = {"label", "text", "pair", "choices", "prefix", "stop"}      # by task files; files cannot set them
 
 
@@ -60,7 +59,7 @@ class Tokenizer:
     bos   what the tokenizer's own post-processor puts before a text: [] for Qwen, [id] for LLaMA
     eos   ids that end a text, from config.json and generation_config.json; eos[0] closes a training example
     size  vocabulary, added tokens included; the embedding may be padded beyond it
-    longest  tokens that an encoder has positions for; None for the others, which have no table of them
+    longest  tokens that the model has positions for; None where a decoder's config does not say
     """
 
     def __init__(self, path, cfg):
@@ -77,9 +76,9 @@ class Tokenizer:
         self.size = 1 + max(self.fast.get_vocab().values(), default=-1)
         if self.size > cfg.vocab_size:
             raise ValueError(f"{file}: {self.size} tokens, the model's embedding has {cfg.vocab_size}")
-        self.longest = None
+        self.longest = getattr(cfg, "max_position_embeddings", None)
         if cfg.model_type == "roberta":
-            self.longest = cfg.max_position_embeddings - cfg.pad_token_id - 1
+            self.longest -= cfg.pad_token_id + 1
         as_list = lambda ids: [] if ids is None else ids if isinstance(ids, list) else [ids]
         generation = directory / "generation_config.json"
         listed = as_list(read_json(generation).get("eos_token_id")) if generation.exists() else []
@@ -131,32 +130,43 @@ def prompt_text(row):
 
 
 def shown(row):
-    """What a model was given, as the outputs on disk show it."""
+    """What a model was given, before it was cut to fit, as the outputs on disk show it."""
     return "\n".join(filter(None, (row["text"], row["pair"]))) if "label" in row else prompt_text(row)
 
 
-def prompt_ids(tokenizer, row):
-    """Prompt and answer are tokenised apart, so the prompt's ids are the same with any answer or none."""
-    return tokenizer.bos + tokenizer.encode(prompt_text(row))
-
-
-def example(tokenizer, row, text=None):
+def fit(tokenizer, ids, start, longest, room=None):
     """
-    (ids, start) of a row's prompt and output, closed by EOS; or of its prompt and another text, not closed.
-    (ids, label) of a row with a label.
+    (ids, start) in at most `longest` tokens, if there is a bound. A long prompt loses its beginning, not its
+    BOS, so that answer and EOS stay whole where they can; with `room`, so that it is the same before any
+    answer: as many new tokens fit behind it, or half of `longest`.
+    """
+    if not longest:
+        return ids, start
+    bos, room = len(tokenizer.bos), len(ids) - start if room is None else min(room, longest // 2)
+    dropped = min(max(0, start + room - longest), start - bos)
+    return (ids[:bos] + ids[bos + dropped:])[:longest], start - dropped
+
+
+def prompt_ids(tokenizer, row, room=0):
+    """Prompt and answer are tokenised apart, so the prompt's ids are the same with any answer or none."""
+    ids = tokenizer.bos + tokenizer.encode(prompt_text(row))
+    return fit(tokenizer, ids, len(ids), room and tokenizer.longest, room)[0]
+
+
+def example(tokenizer, row, text=None, room=0):
+    """
+    (ids, start) of a row's prompt and output, closed by EOS; or of its prompt and another text, not closed;
+    with `room` in the model's positions. (ids, label) of a row with a label.
     """
     if "label" in row:
         return tokenizer.pair(row["text"], row["pair"]), row["label"]
     prompt = prompt_ids(tokenizer, row)
     answer = tokenizer.encode(row["output"]) + tokenizer.eos[:1] if text is None else tokenizer.encode(text)
-    return prompt + answer, len(prompt)
+    return fit(tokenizer, prompt + answer, len(prompt), room and tokenizer.longest, room)
 
 
-def encode(tokenizer, rows, max_len, train_on_prompt=False):
-    """
-    [(ids, start)] of prompt + answer + EOS, supervised from `start`, or [(ids, label)]; how many were cut.
-    A long prompt loses its beginning (not its BOS), so that answer and EOS stay whole where they can.
-    """
+def encode(tokenizer, rows, max_len, train_on_prompt=False, room=None):
+    """[(ids, start)], see fit, supervised from `start`, or [(ids, label)] of rows; how many were cut."""
     examples, cut = [], 0
     for row in rows:
         if "label" in row:
@@ -166,9 +176,7 @@ def encode(tokenizer, rows, max_len, train_on_prompt=False):
             examples.append((ids, row["label"]))
             continue
         ids, start = example(tokenizer, row)
-        if (over := len(ids) - max_len) > 0:
-            bos = len(tokenizer.bos)
-            dropped = min(over, start - bos)
-            ids, start, cut = (ids[:bos] + ids[bos + dropped:])[:max_len], start - dropped, cut + 1
-        examples.append((ids, 0 if train_on_prompt else start))
+        kept, start = fit(tokenizer, ids, start, max_len, room)
+        cut += len(kept) < len(ids)
+        examples.append((kept, 0 if train_on_prompt else start))
     return examples, cut
