@@ -7,7 +7,7 @@ Of a row these four fields are read, whatever others it has: `instruction` and `
 one or missing, `answer` a text or a number or missing. A tenth of the rows (at most 1000) is held out, drawn
 by a fixed seed, so that train.py and evaluate.py agree.
 Metric: with `answer`, the output ends with it, as a whole word or number, in any case, before any closing
-. ! ? " ' ); without, the output equals the row's.
+. ! ? " ' ) and the marks of **5**, $5$, \\boxed{5}; without, the output equals the row's.
 """
 import math
 import random
@@ -43,11 +43,14 @@ def rows(directory, task, split):
 def score(outputs, rows, rule="strict"):
     extracted, correct = [], []
     for output, row in zip(outputs, rows):
-        answer, text = row.get("answer"), output.strip()
-        if answer is not None:  # "5" does not close "3.5", "-5" or "1,235"; a closing . or ! does not matter
-            escaped = re.escape(str(answer).strip())
-            found = re.search(rf"(?<![\w+-])(?<!\w[.,])({escaped})[\s.!?\"')]*$", text, re.IGNORECASE)
+        answer, text = row.get("answer"), output.strip().replace("\u2212", "-")      # the real minus
+        if answer is not None:  # "5" does not close "3.5", ".5", "-5", "1,235", "2/5", "7:05"
+            escaped = re.escape(str(answer).strip().replace("\u2212", "-"))
+            if isinstance(answer, float) and answer.is_integer():
+                escaped = rf"{escaped}|{answer:.0f}"            # 4.0 and 4
+            before = r"(?<![\w+-])(?<!\w[.,])(?<!\d[/:^])(?<!\d / )(?!(?<=\.)\d)"
+            found = re.search(rf"{before}({escaped})[\s.!?\"')}}*$]*$", text, re.IGNORECASE)
             text = found[1] if found else ""
         extracted.append(text)
-        correct.append(bool(text) if answer is not None else text == row["output"].strip())
+        correct.append(bool(text) if answer is not None else output.strip() == row["output"].strip())
     return dict(accuracy=sum(correct) / len(rows), extracted=extracted, correct=correct)

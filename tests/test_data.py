@@ -46,6 +46,17 @@ def test_arithmetic_extraction(output, answer):
     assert result["accuracy"] == (answer == "3")
 
 
+@pytest.mark.parametrize("output, answer", [
+    ("The answer is 20 = 4 * 5.", "20"), ("The answer is 7.5", ""), ("The answer is 7, I think", "7"),
+    ("The answer is 3/4 left", ""), ("The answer is 7:30", ""), ("The answer is 1e5", ""),
+    ("The answer is 1,234.", ""), ("The answer is 3 + 4 = 7.", ""), ("The answer is 3 * (1 + 1)", ""),
+    ("The answer is 12kg", ""), ("The answer is 12 kg", "12"), ("The answer is 5%", "5"),
+    ("The answer is $5", ""), ("The answer is 5. 5 - 3 = 2.", "5"), ("The answer is 3-1", ""),
+    ("The answer is 10^3", ""), ("The answer is not 5", "")])
+def test_arithmetic_reads_one_whole_number(output, answer):
+    assert arithmetic.extract(output) == answer
+
+
 # ------------------------------------------------------------------------------------ commonsense
 
 def row(answer, form, **kw):
@@ -167,6 +178,20 @@ def test_own_rows_are_split_once_and_for_all(name, tmp_path):
     ("-5", "5", False), ("1,200", "200", False), ("C++", "C", False), ("It is 0.", 0, True),
     ("is (7).", "7", True), ("So:7", "7", True)])
 def test_own_answers_close_the_output(output, answer, correct):
+    assert own.score([output], [dict(answer=answer, output="x")])["correct"] == [correct]
+
+
+@pytest.mark.parametrize("output, answer, correct", [
+    ("3/4", "4", False), ("It is 3 / 4.", "4", False), ("3/4", "3/4", True), ("7:30", "30", False),
+    ("1e5", "5", False), (".5", "5", False), ("It is .5", "5", False), ("0.5", ".5", False),
+    ("2^5", "5", False),
+    ("is \u22125", "5", False), ("is \u22125", "-5", True), ("is -5", -5, True), ("10-5", "-5", False),
+    ("It costs $5", "5", True), ("5%", "5", False), ("5 kg", "5", False), ("5 kg.", "5 kg", True),
+    ("\\boxed{12}", "12", True), ("so $x = 12$.", 12, True), ("It is **Paris**.", "Paris", True),
+    ("Neuparis", "Paris", False), ("new-paris", "Paris", False), ("Paris, Texas", "Paris", False),
+    ("4", 4.0, True), ("4.0", 4.0, True), ("4.05", 4.0, False), ("14", 4.0, False), ("0.25", 0.25, True),
+    ("The year ended.Paris", "Paris", False), ("... Paris", "Paris", True)])
+def test_own_answers_are_whole_words_and_numbers(output, answer, correct):
     assert own.score([output], [dict(answer=answer, output="x")])["correct"] == [correct]
 
 
