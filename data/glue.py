@@ -53,7 +53,7 @@ def rows(directory, task, split):
     if isinstance(places[0], str):
         header, first = lines.pop(0), 2
         if absent := [column for column in places if column and column not in header]:
-            raise ValueError(f"{file}: line 1 has no column {absent[0]!r}, found {', '.join(header)}")
+            raise ValueError(f"{file}: line 1 has no column {absent[0]!r}, found {', '.join(header):.200}")
         places = [column and header.index(column) for column in places]
     found, width = [], max(place for place in places if place is not None) + 1
     for number, line in enumerate(lines, first):
