@@ -273,7 +273,10 @@ def test_nothing_is_said_where_nothing_is_cut_and_short_rows_are_as_without_a_bo
     filled = next(dict(rows[0], instruction="3 " * n) for n in range(longest)
                   if len(text.prompt_ids(tok, dict(rows[0], instruction="3 " * n))) == longest)
     assert text.encode(tok, [filled], 512, room=40)[1] == 0
-    assert text.encode(tok, [dict(filled, instruction=filled["instruction"] + "3 ")], 512, room=40)[1] == 1
+    over = dict(filled, instruction=filled["instruction"] + "3 ")
+    assert text.encode(tok, [over], 512, room=40)[1] == 1
+    E.evaluate_sets(net, tok, arithmetic, {"x": [filled, over]})
+    assert capsys.readouterr().out.startswith("x: 1 of 2 rows cut to the model's 512 positions\n")
 
 
 def test_a_cut_prompt_keeps_its_bos_and_at_least_half_of_the_positions(tiny):
