@@ -66,9 +66,9 @@ def predict(model, examples):
     return labels, losses
 
 
-def likelihoods(model, tokenizer, rows):
+def likelihoods(model, tokenizer, rows, room=0):
     """nll of the rows' outputs; {row number: the choice whose text has the least loss} where it has any."""
-    losses = nll(model, [[text.example(tokenizer, row, words) for words in (None, *choices.values())]
+    losses = nll(model, [[text.example(tokenizer, row, words, room) for words in (None, *choices.values())]
                          for row in rows for choices in (row.get("choices", {}),)])     # None: its output
     best = {i: min(zip(found[1:], rows[i]["choices"]))[1] for i, found in enumerate(losses) if found[1:]}
     return [right for right, *_ in losses], best
@@ -135,7 +135,7 @@ def complete(model, tokenizer, module, rows, file=None, rule="strict", temperatu
     todo = [i for i, output in enumerate(outputs) if output is None]
     if temperature and len(todo) < len(rows):       # not the same draws once more
         torch.manual_seed(torch.initial_seed() + len(rows) - len(todo))
-    prompts = [text.prompt_ids(tokenizer, rows[i]) for i in todo]       # by k: the k-th of todo
+    prompts = [text.prompt_ids(tokenizer, rows[i], module.MAX_NEW_TOKENS) for i in todo]    # k-th of todo
     stops = [[re.compile(stop) for stop in rows[i].get("stop", module.STOP)] for i in todo]
     words = lambda k, ids: tokenizer.continuation(prompts[k], ids, special=module.KIND == "execute")
     bar = tqdm(total=len(rows), initial=len(rows) - len(todo), desc="generate", disable=None, leave=False)
@@ -180,7 +180,7 @@ def evaluate(model, tokenizer, module, rows, file=None, rule="strict", n=1, temp
                 outputs, losses = predict(model, [text.example(tokenizer, row) for row in rows])
             else:
                 outputs = complete(model, tokenizer, module, samples, file, rule, temperature, top_p)
-                losses, chosen = likelihoods(model, tokenizer, rows)
+                losses, chosen = likelihoods(model, tokenizer, rows, module.MAX_NEW_TOKENS)
     scored = module.score(outputs, samples, rule) if module.KIND != "execute" or execute else {}
     if file is not None:
         write_lines(file, output_lines(samples, outputs, scored, chosen, n))
@@ -199,6 +199,8 @@ def evaluate_sets(model, tokenizer, module, sets, name_file=lambda name: None, *
     """
     table = {}
     for name, rows in sets.items():
+        if model and (cut := text.encode(tokenizer, rows, tokenizer.longest, room=module.MAX_NEW_TOKENS)[1]):
+            print(f"{name}: {cut} of {len(rows)} rows cut to the model's {tokenizer.longest} positions")
         result = evaluate(model, tokenizer, module, rows, name_file(name), **how)
         if module.KIND == "execute" and not how.get("execute"):
             print(f"{name}: not scored, since that runs generated code: --allow_code_execution (sandbox.py)")

@@ -63,7 +63,8 @@ def rows(directory, task, split):
 
 
 def extract(output):
-    found = re.search(r"The answer is (-?\d+)", output)
+    # not of "3/4", "7:30", "1e5", "3.5" or "3 + 4"
+    found = re.search(r"The answer is (-?\d+)(?!\w|[.,:/^]\d| ?[-+*/×÷%^] ?\(?\d)", output)
     return found[1] if found else ""
 
 

@@ -12,6 +12,7 @@ Metric: accuracy of the first word of the set's form in the output (case-sensiti
 """
 import re
 from collections import Counter
+from functools import partial
 
 from data.text import read
 
@@ -36,19 +37,21 @@ def with_choices(row, task):
     return {**row, "pattern": TASKS[task]["pattern"], "choices": choices}
 
 
+def wrong(task, number, row):
+    """What is wrong with a test row's answer, or None."""
+    answer, choices = row.get("answer"), list(with_choices(row, task)["choices"])
+    if not answer or answer not in choices:         # a list: what is no text may be no key, either
+        return f"{task}, test row {number}: answer {answer!r:.60}, expected one of {choices!r:.200}"
+
+
 def rows(directory, task, split, mix=None):
     """
     'test': the rows of one set, with choices. 'train': the mix for the family, or one set's own rows of it.
     FileNotFoundError where no file is; ValueError for a bad row, or where the mix has no rows of the set.
     """
     if split == "test":
-        found = read(directory, [TASKS[task]["file"], f"{task}.json", f"dataset/{task}/test.json"])
-        found = [with_choices(row, task) for row in found]
-        for number, row in enumerate(found, 1):
-            if row.get("answer") not in row["choices"]:
-                raise ValueError(f"{task}, test row {number}: answer {row.get('answer')!r}, "
-                                 f"expected one of {list(row['choices'])}")
-        return found
+        names = [TASKS[task]["file"], f"{task}.json", f"dataset/{task}/test.json"]
+        return [with_choices(row, task) for row in read(directory, names, wrong=partial(wrong, task))]
     folders = ("commonsense/", "", "ft-training_set/")
     names = [f"{folder}{name}.json" for name in (mix or MIXES[0], *MIXES) for folder in folders]
     found = read(directory, names, mix=mix or "")

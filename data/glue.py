@@ -11,6 +11,7 @@ Metric: Matthews' correlation for CoLA, accuracy for the others, with F1 of the 
 """
 import gzip
 import math
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -45,14 +46,14 @@ def rows(directory, task, split):
     try:
         raw = file.read_bytes()
         text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from None
     lines = [line.split("\t") for line in text.replace("\r\n", "\n").removesuffix("\n").split("\n")]
     places, first = entry["columns"], 1
     if isinstance(places[0], str):
         header, first = lines.pop(0), 2
         if absent := [column for column in places if column and column not in header]:
-            raise ValueError(f"{file}: line 1 has no column {absent[0]!r}, found {', '.join(header)}")
+            raise ValueError(f"{file}: line 1 has no column {absent[0]!r}, found {', '.join(header):.200}")
         places = [column and header.index(column) for column in places]
     found, width = [], max(place for place in places if place is not None) + 1
     for number, line in enumerate(lines, first):

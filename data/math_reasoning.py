@@ -10,13 +10,16 @@ lie as math/NAME.json, NAME.json, or as in that repository: dataset/NAME/test.js
 ft-training_set/*.json; .gz too. The outputs of its test rows are a model's, some wrong, some missing: "The
 answer is .." with the answer stands for them.
 Metric: accuracy of the extracted number (within 0.001) or letter, by one of two rules (--rule):
-    strict  a stated final answer ("answer is 4", "#### 4", "answer: (B)") before the last number or
-            (letter); the minus of "16-8" is no sign. For figures of our own.
+    strict  a stated final answer ("answer is 4", "#### 4", "\\boxed{4}", "answer: (B)") before the last
+            number or (letter); the minus of "16-8" is no sign; "3/4" and "1e5" are one number each, "7:30",
+            "x2" and "1/2/2020" none; "20 = 4 * 5" is 20; "A or B" is no letter. For figures of our own.
     paper   LLM-Adapters' evaluate.py, faults included: the last number, where "16-8" gives -8; AQuA's first
             capital A - E anywhere, so that "Answer: (B)" gives A. For figures beside those of the papers.
 """
+import math
 import re
 from collections import Counter
+from functools import partial
 
 from data.text import read
 
@@ -31,19 +34,24 @@ NOTE = ("The published mix math_10k holds questions of MultiArith, AddSub and Si
         "scores on these three after training on it are no measure of generalisation.")
 
 
+def wrong(task, number, row):
+    """What is wrong with a test row's answer, or None."""
+    answer, lettered = row.get("answer"), task == "AQuA"
+    if not re.fullmatch("[A-E]" if lettered else r"-?\d{1,15}(\.\d+)?", str(answer)):
+        expected = "a letter A - E" if lettered else "a number"
+        return f"{task}, test row {number}: answer {answer!r:.60}, expected {expected}"
+
+
 def rows(directory, task, split, mix=None):
     """
     'test': the rows of one set. 'train': the mix for the family, or one set's own rows of it.
     FileNotFoundError where no file is; ValueError for a bad row, or where the mix has no rows of the set.
     """
     if split == "test":
-        found = read(directory, [TASKS[task]["file"], f"{task}.json", f"dataset/{task}/test.json"])
-        for number, row in enumerate(found, 1):
-            answer = row.get("answer")
-            if not re.fullmatch("[A-E]" if task == "AQuA" else r"-?\d+(\.\d+)?", str(answer)):
-                raise ValueError(f"{task}, test row {number}: answer {answer!r}, "
-                                 f"expected {'a letter A - E' if task == 'AQuA' else 'a number'}")
-            answer = row["answer"] = str(answer)
+        names = [TASKS[task]["file"], f"{task}.json", f"dataset/{task}/test.json"]
+        found = read(directory, names, wrong=partial(wrong, task))
+        for row in found:
+            answer = row["answer"] = str(row["answer"])
             if task == "AQuA":
                 row["choices"] = {letter: f"The answer is ({letter})." for letter in "ABCDE"}
             row["output"] = f"The answer is {f'({answer})' if task == 'AQuA' else f'{float(answer):.10g}'}."
@@ -61,15 +69,34 @@ def rows(directory, task, split, mix=None):
     return named or worded
 
 
+PLAIN = r"(?:\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
+# sign, whole part of a mixed number, numerator, denominator, or plain number; none in a word, time or power
+NUMBER = re.compile(r"((?<![\w)\]])-)?[$€£₹]?(?:(?<![^\W_])|(?<=\bRs)(?=\d))(?<!\d[.:/])(?<!\^)(?<!\^\{)"
+                    r"(?:(?:(\d+) )?(\d+) ?/ ?(\d+)|(" + PLAIN + r"))(?!\d|[.:/]\d|\^\W?\d)")
+# "20 = 4 * 5": a number, then what it was computed from
+REVERSED = re.compile(r"(?<![\w.+*/×÷-])(?<![+*/×÷-] )(-?" + PLAIN + r") ?=[ ($]*-?" + PLAIN
+                      + r"(?:[ ()]*[-+*/×÷][ ($]*-?" + PLAIN + r")+\)*(?!\.?\d| *[-+*/×÷=])")
+
+
+def numbers(text):
+    """The numbers of a text in order."""
+    found = []
+    for sign, whole, above, below, plain in NUMBER.findall(text):
+        if not below or float(below):
+            value = float(plain) if plain else float(whole or 0) + float(above) / float(below)
+            found.append(-value if sign else value)
+    return [value for value in found if math.isfinite(value)]
+
+
 def number(output, rule="strict"):
     """The number that an output answers with, or None."""
     if rule == "paper":
         found = re.findall(r"-?\d+\.?\d*", output.replace(",", ""))
         return float(found[-1]) if found else None
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", output.replace("\u2212", "-"))    # 1,234 and the real minus
-    numbers = lambda part: [float(sign + digits) for sign, digits in
-                            re.findall(r"((?<![\w)\]])-)?\$?(\d+(?:\.\d+)?|\.\d+)", part)]
-    heads = re.finditer(r"\banswer\b.{0,40}?(?:\bis\b|:|=)|####", text, re.IGNORECASE)
+    text = output.replace("\u2212", "-").replace("{,}", ",").replace("\\!", "").replace("\\$", "$")
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = REVERSED.sub(r"\1", re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text))
+    heads = re.finditer(r"\banswer\b.{0,40}?(?:\bis\b(?! not\b)|:|=)|####|\\boxed\{", text, re.IGNORECASE)
     tails = [text[head.end():].partition("\n")[0] for head in heads]
     if stated := [tail for tail in tails if numbers(tail)]:
         # "is 3 + 4 = 7" and "is x = 7" are 7, "is 7, as 3 + 5 = 8", too
@@ -83,12 +110,16 @@ def letter(output, rule="strict"):
     """The letter that an output answers with, or ""."""
     if rule == "paper":
         return next(iter(re.findall("[A-E]", output)), "")
+    output = re.sub(r"\(?\b[A-E]\b\)?,?\s+(?:or|and)\s+\(?[A-E]\b\)?", "", output)     # two are none
+    article = r"A\s+(?!(?:because|since|as|so|for|and|but|which|due|by)\b)[a-z]"      # "A train"
     stated = (r"(?i:\b(?:answer|option|choice))(?: is| would be| must be)?\W*"
-              r"(?:(?i:option|choice)\W*)?(?!A\s+[a-z])([A-E])\b")
-    for form in (r"\\boxed\{([A-E])\}", stated, r"\(([A-E])\)", r"(?m:^\s*([A-E])[).:]?\s*$)"):
+              rf"(?:(?i:option|choice)\W*)?(?!{article})([A-E])\b")
+    boxed = r"\\boxed\{(?:\\text\{)?\(?([A-E])\b"
+    for form in (boxed, stated, r"\(([A-E])\)", r"(?m:^\s*([A-E])[).:]?\s*$)"):
         if found := re.findall(form, output):
             return found[-1]
-    return ""
+    opened = set(re.findall(r"(?m:^\W*([A-E])(?:\)|[.:]\s\W*\d))", output))     # "A) 5", no list of options
+    return opened.pop() if len(opened) == 1 else ""
 
 
 def score(outputs, rows, rule="strict"):

@@ -3,10 +3,13 @@ A user's own file: --task path/to/mine.json (a list) or mine.jsonl (one row a li
 
     {"instruction": "Name the capital of France.", "input": "", "output": "It is Paris.", "answer": "Paris"}
 
-A tenth of the rows (at most 1000) is held out, drawn by a fixed seed, so that train.py and evaluate.py agree.
+Of a row these four fields are read, whatever others it has: `instruction` and `output` are texts, `input` is
+one or missing, `answer` a text or a number or missing. A tenth of the rows (at most 1000) is held out, drawn
+by a fixed seed, so that train.py and evaluate.py agree.
 Metric: with `answer`, the output ends with it, as a whole word or number, in any case, before any closing
-. ! ? " ' ); without, the output equals the row's.
+. ! ? " ' ) and the marks of **5**, $5$, \\boxed{5}; without, the output equals the row's.
 """
+import math
 import random
 import re
 
@@ -14,11 +17,22 @@ from data.text import read
 
 FAMILY, KIND, MAX_NEW_TOKENS, STOP = "own", "generate", 128, ()
 TASKS = {}      # named by their path
+FIELDS = ("instruction", "input", "output", "answer")
+
+
+def wrong(number, row):
+    """What is wrong with a row's answer, or None."""
+    answer = row.get("answer", 0)
+    number_or_text = type(answer) in (int, float) and abs(answer) < math.inf or (
+        isinstance(answer, str) and answer.strip() and not re.search("[\ud800-\udfff]", answer))
+    if not number_or_text:
+        return f"row {number}: answer {answer!r:.60}, expected a text or a number"
 
 
 def rows(directory, task, split):
     """task is the file's path, taken from the working directory; `directory` (--data) is not used."""
-    found = read("", [task])
+    found = read("", [task], wrong=wrong)
+    found = [{name: row[name] for name in FIELDS if name in row} for row in found]
     if len(found) < 2:
         raise ValueError(f"{task}: {len(found)} row, expected at least 2: one to train on and one held out")
     random.Random(0).shuffle(found)
@@ -29,11 +43,14 @@ def rows(directory, task, split):
 def score(outputs, rows, rule="strict"):
     extracted, correct = [], []
     for output, row in zip(outputs, rows):
-        answer, text = row.get("answer"), output.strip()
-        if answer is not None:  # "5" does not close "3.5", "-5" or "1,235"; a closing . or ! does not matter
-            escaped = re.escape(str(answer).strip())
-            found = re.search(rf"(?<![\w+-])(?<!\w[.,])({escaped})[\s.!?\"')]*$", text, re.IGNORECASE)
+        answer, text = row.get("answer"), output.strip().replace("\u2212", "-")      # the real minus
+        if answer is not None:  # "5" does not close "3.5", ".5", "-5", "1,235", "2/5", "7:05"
+            escaped = re.escape(str(answer).strip().replace("\u2212", "-"))
+            if isinstance(answer, float) and answer.is_integer():
+                escaped = rf"{escaped}|{answer:.0f}"            # 4.0 and 4
+            before = r"(?<![\w+-])(?<!\w[.,])(?<!\d[/:^])(?<!\d / )(?!(?<=\.)\d)"
+            found = re.search(rf"{before}({escaped})[\s.!?\"')}}*$]*$", text, re.IGNORECASE)
             text = found[1] if found else ""
         extracted.append(text)
-        correct.append(bool(text) if answer is not None else text == row["output"].strip())
+        correct.append(bool(text) if answer is not None else output.strip() == row["output"].strip())
     return dict(accuracy=sum(correct) / len(rows), extracted=extracted, correct=correct)

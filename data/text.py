@@ -6,17 +6,22 @@ adds (answer, choices, prefix, stop) is in its docstring.
 """
 import gzip
 import json
+import re
+import zlib
 from pathlib import Path
 
 import tokenizers
 
 from checkpoint import read_json, resolve
 
+ADDED = {"label", "text", "pair", "choices", "prefix", "stop"}      # by task files; files cannot set them
 
-def read(directory, names, fields=("instruction", "output"), mix=None):
+
+def read(directory, names, fields=("instruction", "output"), mix=None, wrong=lambda number, row: None):
     """
-    Rows of the first of these files under directory, .gz or not. ValueError names file, row and field. Of
-    training rows it prints the file: mix is the name that was asked for, or "".
+    Rows of the first of these files under directory, .gz or not. ValueError names file, row and field where
+    one of `fields` is no text, or `input` (of training rows `source`, too) is there and none, and where
+    wrong(number, row) says something. Of training rows it prints the file: mix is the name asked for, or "".
     """
     candidates = [Path(directory or ".", name + end) for name in names for end in ("", ".gz")]
     file = next((c for c in candidates if c.is_file()), None)
@@ -30,16 +35,21 @@ def read(directory, names, fields=("instruction", "output"), mix=None):
         if ".jsonl" in file.suffixes:       # as a list with a row a line, so that an error names the line
             text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
         rows = json.loads(text)
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file}: not JSON ({error})") from None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{file}: expected a list of rows, found {type(rows).__name__ if rows else 'none'}")
+    may = ("input",) if mix is None else ("input", "source")
+    is_text = lambda value: isinstance(value, str) and not re.search("[\ud800-\udfff]", value)   # half a pair
     for number, row in enumerate(rows, 1):
-        for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ValueError(f"{file}: row {number} has no text in {field!r}, "
-                                 f"expected {', '.join(fields)}")
-    return rows
+        given = dict.fromkeys(may, "") | row if isinstance(row, dict) else {}
+        for field in (*fields, *may):
+            if not is_text(given.get(field)):
+                raise ValueError(f"{file}: row {number} has no text in {field!r}, found "
+                                 f"{given.get(field, row)!r:.60}, expected texts in {', '.join(fields)}")
+        if said := wrong(number, row):
+            raise ValueError(f"{file}: {said}")
+    return [{name: row[name] for name in row if name not in ADDED} for row in rows]
 
 
 class Tokenizer:
@@ -49,7 +59,7 @@ class Tokenizer:
     bos   what the tokenizer's own post-processor puts before a text: [] for Qwen, [id] for LLaMA
     eos   ids that end a text, from config.json and generation_config.json; eos[0] closes a training example
     size  vocabulary, added tokens included; the embedding may be padded beyond it
-    longest  tokens that an encoder has positions for; None for the others, which have no table of them
+    longest  tokens that the model has positions for; None where a decoder's config does not say
     """
 
     def __init__(self, path, cfg):
@@ -66,9 +76,9 @@ class Tokenizer:
         self.size = 1 + max(self.fast.get_vocab().values(), default=-1)
         if self.size > cfg.vocab_size:
             raise ValueError(f"{file}: {self.size} tokens, the model's embedding has {cfg.vocab_size}")
-        self.longest = None
+        self.longest = getattr(cfg, "max_position_embeddings", None)
         if cfg.model_type == "roberta":
-            self.longest = cfg.max_position_embeddings - cfg.pad_token_id - 1
+            self.longest -= cfg.pad_token_id + 1
         as_list = lambda ids: [] if ids is None else ids if isinstance(ids, list) else [ids]
         generation = directory / "generation_config.json"
         listed = as_list(read_json(generation).get("eos_token_id")) if generation.exists() else []
@@ -120,32 +130,43 @@ def prompt_text(row):
 
 
 def shown(row):
-    """What a model was given, as the outputs on disk show it."""
+    """What a model was given, before it was cut to fit, as the outputs on disk show it."""
     return "\n".join(filter(None, (row["text"], row["pair"]))) if "label" in row else prompt_text(row)
 
 
-def prompt_ids(tokenizer, row):
-    """Prompt and answer are tokenised apart, so the prompt's ids are the same with any answer or none."""
-    return tokenizer.bos + tokenizer.encode(prompt_text(row))
-
-
-def example(tokenizer, row, text=None):
+def fit(tokenizer, ids, start, longest, room=None):
     """
-    (ids, start) of a row's prompt and output, closed by EOS; or of its prompt and another text, not closed.
-    (ids, label) of a row with a label.
+    (ids, start) in at most `longest` tokens, if there is a bound. A long prompt loses its beginning, not its
+    BOS, so that answer and EOS stay whole where they can; with `room`, so that it is the same before any
+    answer: as many new tokens fit behind it, or half of `longest`.
+    """
+    if not longest:
+        return ids, start
+    bos, room = len(tokenizer.bos), len(ids) - start if room is None else min(room, longest // 2)
+    dropped = min(max(0, start + room - longest), start - bos)
+    return (ids[:bos] + ids[bos + dropped:])[:longest], start - dropped
+
+
+def prompt_ids(tokenizer, row, room=0):
+    """Prompt and answer are tokenised apart, so the prompt's ids are the same with any answer or none."""
+    ids = tokenizer.bos + tokenizer.encode(prompt_text(row))
+    return fit(tokenizer, ids, len(ids), room and tokenizer.longest, room)[0]
+
+
+def example(tokenizer, row, text=None, room=0):
+    """
+    (ids, start) of a row's prompt and output, closed by EOS; or of its prompt and another text, not closed;
+    with `room` in the model's positions. (ids, label) of a row with a label.
     """
     if "label" in row:
         return tokenizer.pair(row["text"], row["pair"]), row["label"]
     prompt = prompt_ids(tokenizer, row)
     answer = tokenizer.encode(row["output"]) + tokenizer.eos[:1] if text is None else tokenizer.encode(text)
-    return prompt + answer, len(prompt)
+    return fit(tokenizer, prompt + answer, len(prompt), room and tokenizer.longest, room)
 
 
-def encode(tokenizer, rows, max_len, train_on_prompt=False):
-    """
-    [(ids, start)] of prompt + answer + EOS, supervised from `start`, or [(ids, label)]; how many were cut.
-    A long prompt loses its beginning (not its BOS), so that answer and EOS stay whole where they can.
-    """
+def encode(tokenizer, rows, max_len, train_on_prompt=False, room=None):
+    """[(ids, start)], see fit, supervised from `start`, or [(ids, label)] of rows; how many were cut."""
     examples, cut = [], 0
     for row in rows:
         if "label" in row:
@@ -155,9 +176,7 @@ def encode(tokenizer, rows, max_len, train_on_prompt=False):
             examples.append((ids, row["label"]))
             continue
         ids, start = example(tokenizer, row)
-        if (over := len(ids) - max_len) > 0:
-            bos = len(tokenizer.bos)
-            dropped = min(over, start - bos)
-            ids, start, cut = (ids[:bos] + ids[bos + dropped:])[:max_len], start - dropped, cut + 1
-        examples.append((ids, 0 if train_on_prompt else start))
+        kept, start = fit(tokenizer, ids, start, max_len, room)
+        cut += len(kept) < len(ids)
+        examples.append((kept, 0 if train_on_prompt else start))
     return examples, cut

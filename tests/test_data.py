@@ -2,6 +2,7 @@
 import gzip
 import inspect
 import json
+import math
 import re
 
 import pytest
@@ -44,6 +45,17 @@ def test_arithmetic_extraction(output, answer):
     result = arithmetic.score([output], [dict(answer="3")])
     assert result["extracted"] == [answer] and result["correct"] == [answer == "3"]
     assert result["accuracy"] == (answer == "3")
+
+
+@pytest.mark.parametrize("output, answer", [
+    ("The answer is 20 = 4 * 5.", "20"), ("The answer is 7.5", ""), ("The answer is 7, I think", "7"),
+    ("The answer is 3/4 left", ""), ("The answer is 7:30", ""), ("The answer is 1e5", ""),
+    ("The answer is 1,234.", ""), ("The answer is 3 + 4 = 7.", ""), ("The answer is 3 * (1 + 1)", ""),
+    ("The answer is 12kg", ""), ("The answer is 12 kg", "12"), ("The answer is 5%", "5"),
+    ("The answer is $5", ""), ("The answer is 5. 5 - 3 = 2.", "5"), ("The answer is 3-1", ""),
+    ("The answer is 10^3", ""), ("The answer is not 5", "")])
+def test_arithmetic_reads_one_whole_number(output, answer):
+    assert arithmetic.extract(output) == answer
 
 
 # ------------------------------------------------------------------------------------ commonsense
@@ -109,6 +121,23 @@ def test_test_rows_must_hold_one_of_their_choices(tmp_path):
                 commonsense.rows(tmp_path, "boolq", "test")
 
 
+@pytest.mark.parametrize("answer", [None, 3, ["true"], {"true": "false"}, "", float("nan")])
+def test_an_answer_that_is_no_text_is_named_with_file_and_row(answer, tmp_path):
+    (tmp_path / "boolq.json").write_text(json.dumps([row("true", "true/false"), row(answer, "true/false")]))
+    with pytest.raises(ValueError, match=r"/boolq\.json: boolq, test row 2: answer .*, expected one of"):
+        commonsense.rows(tmp_path, "boolq", "test")
+
+
+def test_fields_that_only_task_files_add_are_not_read_from_a_file(tmp_path):
+    others = dict(label=1, choices=3, prefix=None, stop=[], text="a", pair=None)
+    rows = [row("true", "true/false", source="boolq") for _ in range(2)]
+    (tmp_path / "commonsense_15k.json").write_text(json.dumps([rows[0], rows[1] | others]))
+    assert commonsense.rows(tmp_path, "boolq", "train") == rows
+    (tmp_path / "commonsense_15k.json").write_text(json.dumps([rows[0], rows[1] | dict(source=None)]))
+    with pytest.raises(ValueError, match=r"commonsense_15k\.json: row 2 has no text in 'source', found None"):
+        commonsense.rows(tmp_path, "boolq", "train")
+
+
 def test_training_rows_of_one_set_come_by_source_or_by_wording(shared_data):
     mix = commonsense.rows(shared_data, "commonsense", "train")
     assert len(mix) == 15000
@@ -161,12 +190,38 @@ def test_own_rows_are_split_once_and_for_all(name, tmp_path):
     assert test == own.rows(None, task, "test") != rows[:2]
 
 
+def test_own_rows_are_read_for_four_fields_alone(tmp_path):
+    rows = [dict(instruction=str(i), input="", output="b", answer=i / 2) for i in range(20)]
+    other = dict(label=3, choices=["a"], prefix=None, stop=3, text=[], pair={}, source=None)
+    others = [dict(other) for _ in rows]
+    others[3] |= dict(prefix="x", label="y")
+    write(tmp_path / "a.json", rows)
+    write(tmp_path / "b.json", [other | row for row, other in zip(rows, others)])
+    for split in ("train", "test"):
+        a, b = (own.rows(None, str(tmp_path / name), split) for name in ("a.json", "b.json"))
+        assert a == b
+
+
 @pytest.mark.parametrize("output, answer, correct", [
     ("It is Paris.", "Paris", True), ("it is PARIS!", "Paris", True), ("Paris is it", "Paris", False),
     ("17", "7", False), ("x = 7", "7", True), ("a+b", "a+b", True), ("", "7", False), ("3.5", "5", False),
     ("-5", "5", False), ("1,200", "200", False), ("C++", "C", False), ("It is 0.", 0, True),
     ("is (7).", "7", True), ("So:7", "7", True)])
 def test_own_answers_close_the_output(output, answer, correct):
+    assert own.score([output], [dict(answer=answer, output="x")])["correct"] == [correct]
+
+
+@pytest.mark.parametrize("output, answer, correct", [
+    ("3/4", "4", False), ("It is 3 / 4.", "4", False), ("3/4", "3/4", True), ("7:30", "30", False),
+    ("1e5", "5", False), (".5", "5", False), ("It is .5", "5", False), ("0.5", ".5", False),
+    ("2^5", "5", False),
+    ("is \u22125", "5", False), ("is \u22125", "-5", True), ("is -5", -5, True), ("10-5", "-5", False),
+    ("It costs $5", "5", True), ("5%", "5", False), ("5 kg", "5", False), ("5 kg.", "5 kg", True),
+    ("\\boxed{12}", "12", True), ("so $x = 12$.", 12, True), ("It is **Paris**.", "Paris", True),
+    ("Neuparis", "Paris", False), ("new-paris", "Paris", False), ("Paris, Texas", "Paris", False),
+    ("4", 4.0, True), ("4.0", 4.0, True), ("4.05", 4.0, False), ("14", 4.0, False), ("0.25", 0.25, True),
+    ("The year ended.Paris", "Paris", False), ("... Paris", "Paris", True)])
+def test_own_answers_are_whole_words_and_numbers(output, answer, correct):
     assert own.score([output], [dict(answer=answer, output="x")])["correct"] == [correct]
 
 
@@ -180,6 +235,18 @@ BAD = {
     "no instruction": ([dict(output="b")], r"row 1 has no text in 'instruction'"),
     "not text": ([dict(instruction=3, output="b")], r"row 1 has no text in 'instruction'"),
     "not an object": (["a"], r"row 1 has no text in 'instruction'"),
+    "input NaN": ([dict(instruction="a", output="b", input=math.nan)],
+                  r"row 1 has no text in 'input', found nan, expected texts in instruction, output"),
+    "input a number": ([dict(instruction="a", output="b", input=5)], r"row 1 .* 'input', found 5"),
+    "input a list": ([dict(instruction="a", output="b", input=["c"])], r"row 1 .* 'input', found \['c'\]"),
+    "input null": ([dict(instruction="a", output="b", input=None)], r"row 1 .* 'input', found None"),
+    "half a letter": ([dict(instruction="a\ud800", output="b")], r"row 1 .* 'instruction', found 'a"),
+    "answer null": ([dict(instruction="a", output="b", answer=None)],
+                    r"row 1: answer None, expected a text or a number"),
+    "answer NaN": ([dict(instruction="a", output="b", answer=math.nan)], r"row 1: answer nan, expected"),
+    "answer a truth": ([dict(instruction="a", output="b", answer=True)], r"row 1: answer True, expected"),
+    "answer a list": ([dict(instruction="a", output="b", answer=["c"])], r"row 1: answer \['c'\], expected"),
+    "answer blank": ([dict(instruction="a", output="b", answer=" ")], r"row 1: answer ' ', expected a text"),
     "empty": ([], r"expected a list of rows, found none"),
     "one row": ([dict(instruction="a", output="b")], r"1 row, expected at least 2"),
     "an object": (dict(instruction="a", output="b"), r"expected a list of rows, found dict"),
@@ -197,6 +264,7 @@ def test_own_rows_that_are_refused(name, tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("a.json", b"[{]", r"a\.json: not JSON \(.*line 1"),
     ("a.jsonl", b"{}\n\n{,", r"a\.jsonl: not JSON \(.*line 2"),
+    ("a.json.gz", gzip.compress(b"[{}]")[:12] + b"\xff" * 9, r"a\.json\.gz: not JSON"),
     ("a.json", b"\xff\xfe", r"a\.json: not JSON"), ("a.json.gz", b"nothing", r"a\.json\.gz: not JSON")])
 def test_own_files_that_are_refused(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)

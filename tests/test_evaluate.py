@@ -235,6 +235,61 @@ def test_the_mean_is_over_the_sets(net, tok, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["easy", "hard"]
 
 
+# ------------------------------------------------------------------------------------ long prompts
+
+def test_what_no_position_is_left_for_is_cut_alike_for_both_losses_and_said(net, tok, tmp_path, capsys):
+    short = arithmetic.generate("test", 2, 1, 0)
+    row = dict(short[0], instruction="Ben has 3 apples. " * 3300 + short[0]["instruction"])
+    long_output = dict(short[1], output="3 + 4 = 7. " * 1000)
+    choices = {"7": "The answer is 7.", "8": "The answer is 8."}
+    rows = [short[0], dict(row, choices=choices), long_output]
+    whole, seen = text.prompt_ids(tok, row), []
+    handle = net.register_forward_pre_hook(lambda m, a: seen.append(a[0].numel()))
+    E.evaluate_sets(net, tok, arithmetic, {"x": rows}, lambda name: tmp_path / "x.jsonl")
+    handle.remove()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "x: 2 of 3 rows cut to the model's 512 positions" and said[1].startswith("x  ")
+    room = arithmetic.MAX_NEW_TOKENS
+    prompt = text.prompt_ids(tok, row, room)
+    assert len(prompt) == 512 - room and prompt == whole[room - 512:]
+    assert 512 < max(seen) <= 3 * 512 < len(whole)             # three rows at once
+    for words in (None, "The answer is 7.", "1 + 1 = 2. " * 1000):
+        ids, start = text.example(tok, row, words, room)
+        assert ids[:start] == prompt and ids == (prompt + text.example(tok, row, words)[0][len(whole):])[:512]
+    right = tok.encode(row["output"]) + tok.eos[:1]
+    total, count = E.nll(net, [(prompt + right, len(prompt))])[0]
+    losses, chosen = E.likelihoods(net, tok, rows, room)
+    assert losses[1] == (pytest.approx(total, rel=FLOAT32), count) and set(chosen) == {1}
+    assert json.loads((tmp_path / "x.jsonl").read_text().splitlines()[1])["output"] == tok.continuation(
+        prompt, one_by_one(net, prompt, room, tok.eos, tok.size))
+
+
+def test_nothing_is_said_where_nothing_is_cut_and_short_rows_are_as_without_a_bound(net, tok, capsys):
+    rows = arithmetic.generate("test", 4, 2, 0)
+    E.evaluate_sets(net, tok, arithmetic, {"x": rows})
+    assert "cut" not in capsys.readouterr().out
+    assert [text.example(tok, row, room=40) for row in rows] == [text.example(tok, row) for row in rows]
+    longest = 512 - 40
+    filled = next(dict(rows[0], instruction="3 " * n) for n in range(longest)
+                  if len(text.prompt_ids(tok, dict(rows[0], instruction="3 " * n))) == longest)
+    assert text.encode(tok, [filled], 512, room=40)[1] == 0
+    over = dict(filled, instruction=filled["instruction"] + "3 ")
+    assert text.encode(tok, [over], 512, room=40)[1] == 1
+    E.evaluate_sets(net, tok, arithmetic, {"x": [filled, over]})
+    assert capsys.readouterr().out.startswith("x: 1 of 2 rows cut to the model's 512 positions\n")
+
+
+def test_a_cut_prompt_keeps_its_bos_and_at_least_half_of_the_positions(tiny):
+    cfg = checkpoint.read_config(checkpoint.read_json(tiny / "config.json"))
+    tok, row = text.Tokenizer(tiny, cfg), dict(instruction="3 apples " * 1000, input="", output="7")
+    whole = text.prompt_ids(tok, row)
+    tok.bos = [5]
+    assert text.prompt_ids(tok, row, 100) == [5, *whole[-411:]]
+    assert text.prompt_ids(tok, row, 512) == text.prompt_ids(tok, row, 10**6) == [5, *whole[-255:]]
+    del cfg.max_position_embeddings             # a decoder's file need not say
+    assert text.prompt_ids(text.Tokenizer(tiny, cfg), row, 100) == whole
+
+
 # ------------------------------------------------------------------------------------ outputs on disk
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(net, tok, tmp_path, monkeypatch):

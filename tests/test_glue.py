@@ -172,7 +172,7 @@ def test_packed_batches_are_one_by_one(roberta, data, monkeypatch):
         assert E.evaluate(net, tok, glue, rows)["accuracy"] == right
 
 
-def test_a_pair_keeps_its_special_tokens_and_at_most_512_tokens(roberta):
+def test_a_pair_keeps_its_special_tokens_and_at_most_512_tokens(roberta, capsys):
     cfg = checkpoint.load(roberta, num_labels=2).cfg
     tok = text.Tokenizer(roberta, cfg)
     assert tok.longest == 512
@@ -188,6 +188,8 @@ def test_a_pair_keeps_its_special_tokens_and_at_most_512_tokens(roberta):
     examples, cut = text.encode(tok, rows, 2000)
     assert cut == 1 and [len(ids) for ids, _ in examples] == [512, len(one) + 2]
     assert [label for _, label in examples] == [1, 0]
+    E.evaluate_sets(net, tok, glue, {"sst2": [dict(row, task="sst2") for row in rows]})
+    assert capsys.readouterr().out.startswith("sst2: 1 of 2 rows cut to the model's 512 positions\nsst2 ")
 
 
 def test_a_head_that_trains_on_a_bf16_encoder_is_fp32(roberta, data, tmp_path):

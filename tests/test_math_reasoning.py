@@ -1,5 +1,6 @@
 """Numbers and letters read off outputs by both rules, the seven sets, their training rows."""
 import json
+import re
 
 import pytest
 
@@ -29,6 +30,59 @@ LETTERS = {
     "The correct answer is **C**": ("C", "C"), "Rationale: Both. The answer is (D).": ("D", "B"),
     "answer would be E": ("E", "E"), "": ("", ""),
 }
+# what the strict rule reads, and does not: one number each, or None
+STRICT_NUMBERS = {
+    # fractions, powers of ten, times, dates, powers
+    "3/4 left": 0.75, "1/2": 0.5, "-3/4": -0.75, "2 1/2 cups": 2.5, "The answer is 3 / 4.": 0.75, "1/0": None,
+    "12 / 4 = 3": 3, "1e5": 100000, "1.5e-3": 0.0015, "1e999": None, "7:30": None,
+    "it is 10:30 or 5:15": None,
+    "at 7:30 he has 5": 5, "ratio 3:4": None, "1/2/2020": None, "2.5.1": None, "10^3": None, "2^{10}": None,
+    "12 cm^2": 12, "The answer is 7:30": None,
+    # an equation turned round; one that goes on
+    "20 = 4 * 5.": 20, "The answer is 20 = 4 * 5.": 20, "So x = 20 = 4*5": 20, "-20 = 4 * -5": -20,
+    "20 = (4 + 1) * 4.": 20, "$20 = $4 × 5": 20, "7 = 10 - 3 apples": 7, "12 = 12 - 20 = 10": 10,
+    "3 * 4 = 12 - 2 = 10": 10, "8 - 2 = 9 - 3": 3, "7 = 3 + 4, half of 14": 14, "0.5 = 2/4": 0.5, "5 = 5": 5,
+    "20.5 = 20 + 0.5": 20.5,
+    # thousands, currencies, percent, units
+    "answer: -1,000": -1000, "1{,}234": 1234, "12,345,678 people": 12345678, "€1,200.50": 1200.5, "-£5": -5,
+    "Rs.500": 500, "Rs500": 500, "Rs 500": 500, "5%": 5, "5 kg": 5, "5kg": 5, "(-5)": -5, "**5**": 5,
+    "_5_": 5,
+    # LaTeX
+    "\\boxed{1,234}": 1234, "\\boxed{-7}. Check: 3": -7, "so \\boxed{\\frac{3}{4}} of 8": 0.75,
+    "\\boxed{\\$18}": 18, "The final answer is $\\boxed{42}$.": 42, "\\boxed{x = 5}": 5, "1,\\!234": 1234,
+    "The answer is $-\\dfrac{1}{2}$": -0.5,
+    # words that hold a digit; two answers; what follows
+    "x2": None, "5 moles of H2O": 5, "The answer is not 5 but 6": 6, "The answer is 5, not 20 = 4 * 5": 5,
+    "The answer is 3. No, the answer is 4, I think": 4,
+    "The answer is 1/3, which is 0.33": pytest.approx(1 / 3),
+}
+STRICT_LETTERS = {
+    "The answer is A because 3 + 4 = 7": "A", "The answer is B because 3": "B", "answer is A, since": "A",
+    "The answer is A which is 5": "A", "The answer is A train": "", "Answer: A bus": "", "A train goes": "",
+    "A) 5": "A", "B) 5": "B", "**B) 12**": "B", "A: 5": "A", "C. 12": "C", "D. $7": "D", "A)5": "A",
+    "A) 5\nB) 6": "", "E. coli": "", "C. Smith has 5": "", "Each is 5": "", "BAD": "", "ABCDE": "",
+    "The answer is Both": "", "A or B": "", "The answer is A or B": "", "The answer is (A) or (B).": "",
+    "Options A, B and C are wrong, answer D": "D", "The answer is A. No: the answer is B.": "B",
+    "The answer isn't A. It is (B)": "B", "The answer is D) 42 because": "D", "the answer is a": "",
+    "\\boxed{\\text{C}}": "C", "\\boxed{(D)}": "D", "\\boxed{B. 5}": "B", "The answer is C and it is 5": "C",
+}
+
+
+@pytest.mark.parametrize("output", STRICT_NUMBERS)
+def test_the_strict_rule_reads_one_whole_number(output):
+    assert task.number(output) == STRICT_NUMBERS[output]
+
+
+@pytest.mark.parametrize("output", STRICT_LETTERS)
+def test_the_strict_rule_reads_one_stated_letter(output):
+    assert task.letter(output) == STRICT_LETTERS[output]
+
+
+def test_the_paper_rule_reads_what_its_regular_expressions_do():
+    for output in (*STRICT_NUMBERS, *STRICT_LETTERS):       # LLM-Adapters' evaluate.py, written out
+        found = re.findall(r"-?\d+\.?\d*", output.replace(",", ""))
+        assert task.number(output, "paper") == (float(found[-1]) if found else None)
+        assert task.letter(output, "paper") == (re.findall("A|B|C|D|E", output) or [""])[0]
 
 
 @pytest.mark.parametrize("output", NUMBERS)
