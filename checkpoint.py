@@ -3,6 +3,7 @@ What lies on disk: a Hugging Face directory, which becomes a model; method files
 (adapter_model.safetensors + adapter_config.json); the merged model as a Hugging Face directory. A directory
 that is written appears under its name only when it is whole.
 """
+import hashlib
 import importlib.util
 import json
 import math
@@ -12,93 +13,19 @@ import shutil
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from model import TARGETS, CausalLM, RobertaClassifier
+from config import build, own_labels, read_config
+from files import read_json
+from model import CausalLM
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "data" / "tiny"       # the bundled model
 SHARD_BYTES = 5_000_000_000
-
-
-# -------------------------------------------------------------------------------- config.json
-
-def read_json(file):
-    """The object in a JSON file; ValueError names the file."""
-    try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: found a {type(found).__name__}, expected an object")
-    return found
-
-
-def rope_parameters(c):
-    """
-    {rope_type, rope_theta, ...} from either spelling: rope_theta + rope_scaling, or transformers 5's
-    rope_parameters. A theta of 10000 is assumed for LLaMA 1 and 2 alone, whose files state none.
-    """
-    scaling = c.get("rope_scaling") or {}
-    rope = {"rope_theta": c.get("rope_theta"), **scaling, **(c.get("rope_parameters") or {})}
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    if rope["rope_type"] not in ("default", "llama3"):
-        raise ValueError(f"rope type {rope['rope_type']!r}, expected default or llama3")
-    if rope["rope_theta"] is None and c["model_type"] == "llama" and "rope_parameters" not in c:
-        rope["rope_theta"] = 10000.0
-    needed = ["rope_theta"]
-    if rope["rope_type"] == "llama3":
-        needed += ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    if absent := [key for key in needed if rope.get(key) is None]:
-        raise ValueError(f"rotary embedding without {', '.join(absent)}")
-    return rope
-
-
-def read_config(c, num_labels=None):
-    """
-    The object of a config.json, as a namespace with every field that the models read. ValueError on a model
-    type, activation, rope type or attention pattern that is not implemented here.
-    """
-    kind = c.get("model_type")
-    if kind not in TARGETS:
-        raise ValueError(f"model_type {kind!r}, expected one of {', '.join(TARGETS)}")
-    expected = "gelu" if kind == "roberta" else "silu"
-    if (act := c.get("hidden_act", expected)) != expected:
-        raise ValueError(f"hidden_act {act!r}, expected {expected!r} for {kind}")
-    needed = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
-    needed += ["max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob",
-               "attention_probs_dropout_prob", "pad_token_id"] if kind == "roberta" else ["rms_norm_eps"]
-    if absent := [name for name in needed if c.get(name) is None]:
-        raise ValueError(f"no {absent[0]!r} for model_type {kind!r}")
-    cfg = SimpleNamespace(**c)
-    if kind == "roberta":
-        cfg.num_labels = num_labels or len(c.get("id2label") or "01")
-        if c.get("position_embedding_type", "absolute") != "absolute":
-            raise ValueError(f"position_embedding_type {c['position_embedding_type']!r}, expected 'absolute'")
-        return cfg
-    if c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ()):
-        raise ValueError("sliding-window attention is not implemented")
-    cfg.num_key_value_heads = c.get("num_key_value_heads") or c["num_attention_heads"]
-    cfg.head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-    cfg.o_bias = bool(c.get("attention_bias")) and kind != "qwen2"
-    cfg.qkv_bias = bool(c.get("attention_bias")) or kind == "qwen2"     # whose files do not mention it
-    cfg.mlp_bias, cfg.qk_norm = bool(c.get("mlp_bias")), kind == "qwen3"
-    cfg.tie_word_embeddings = bool(c.get("tie_word_embeddings"))
-    cfg.rope = rope_parameters(c)
-    return cfg
-
-
-def build(c, num_labels=None):
-    """The model that a config.json's object describes, with random weights."""
-    cfg = read_config(c, num_labels)
-    return RobertaClassifier(cfg) if cfg.model_type == "roberta" else CausalLM(cfg)
 
 
 # -------------------------------------------------------------------------------- Hugging Face directories
@@ -107,7 +34,7 @@ def build(c, num_labels=None):
 IGNORED = {"decoder": re.compile(r".*\.rotary_emb\.inv_freq"),
            "roberta": re.compile(r"roberta\.embeddings\.position_ids|roberta\.pooler\..*|lm_head\..*")}
 TEXT_FILES = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-              "added_tokens.json", "chat_template.jinja"]
+              "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"]
 HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TEXT_FILES]
 
 
@@ -132,38 +59,56 @@ def tensor_files(directory):
         return [single]
     if not index.exists():
         raise ValueError(f"{directory}: neither model.safetensors nor model.safetensors.index.json")
-    files = [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    files = [directory / name for name in sorted(set((read_json(index).get("weight_map") or {}).values()))]
     if not files:
         raise ValueError(f"{index}: no weight_map")
-    if absent := [file for file in files if not file.exists()]:
-        raise ValueError(f"{absent[0]}: shard named in {index.name}, not found")
+    if absent := [file for file in files if file.parent != directory or not file.exists()]:
+        raise ValueError(f"{absent[0]}: shard named in {index.name}, not found beside it")
     return files
 
 
-def read_tensors(files, expected, ignored, dtype, device):
-    """
-    {key: tensor} from safetensors files, one tensor at a time into dtype and device. expected {key: shape},
-    ignored: a pattern of other keys. Every header is checked before a tensor is read; ValueError names both.
-    """
+def read_headers(files):
+    """{key: (file, shape, dtype)} of safetensors files; ValueError: one is not whole, a key is in two."""
     found = {}
     for file in files:
         try:
             with safe_open(file, "pt") as f:
-                found |= {key: (file, tuple(f.get_slice(key).get_shape())) for key in f.keys()}
+                for key, t in [(key, f.get_slice(key)) for key in f.keys()]:
+                    if key in found:
+                        raise ValueError(f"{file}: tensor {key} is in {found[key][0].name}, too")
+                    found[key] = file, tuple(t.get_shape()), t.get_dtype()
         except SafetensorError as error:
             raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
-    for key, (file, shape) in found.items():
+    return found
+
+
+def read_tensors(found, expected, ignored, dtype, device):
+    """
+    {key: tensor} of what read_headers found, one at a time into dtype and device. expected {key: shape};
+    ignored: a pattern of other keys. All headers are checked before a tensor is read; ValueError names both.
+    F16 where BF16 was written cannot be told, unless a number is not finite then.
+    """
+    for key, (file, shape, kind) in found.items():
         if key not in expected and not ignored.fullmatch(key):
             raise ValueError(f"{file}: tensor {key} is not part of the model")
         if key in expected and shape != expected[key]:
             raise ValueError(f"{file}: tensor {key} has shape {shape}, the model expects {expected[key]}")
+        if key in expected and kind not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{file}: tensor {key} is {kind}, expected a float")
     tensors = {}
-    for file in files:
+    for file in dict.fromkeys(file for file, *_ in found.values()):
         with safe_open(file, "pt") as f:
-            for key in f.keys():
-                if key in expected:
-                    tensors[key] = f.get_tensor(key).to(device, dtype)
+            for key in (key for key in f.keys() if key in expected):
+                tensors[key] = f.get_tensor(key).to(device, dtype)
+                check_finite(file, key, tensors[key])
     return tensors
+
+
+def check_finite(file, name, t):
+    """ValueError where a tensor holds a NaN or an infinity: its sum has one then, and takes no memory."""
+    total = t.sum(dtype=torch.promote_types(t.dtype, torch.float32))
+    if not total.isfinite() and not t.isfinite().all():
+        raise ValueError(f"{file}: tensor {name} is not finite")
 
 
 def load(path, dtype=torch.float32, device="cpu", num_labels=None):
@@ -172,28 +117,36 @@ def load(path, dtype=torch.float32, device="cpu", num_labels=None):
     config as `.cfg`. The keys in the files must be the model's, both ways, but for: a tied lm_head; rotary
     tables and position ids that older files carry; RoBERTa's pooler and LM head; its classifier, which is
     drawn from torch's random generator where the checkpoint has none (`fresh_head` is True then).
-    ValueError, in one line, names the file and the tensor.
+    num_labels: as in read_config. ValueError, in one line, names the file and the tensor.
     """
     directory = resolve(path)
-    file = directory / "config.json"
+    c, file = read_json(directory / "config.json"), directory / "config.json"
     try:
-        with torch.device("meta"):
-            model = build(read_json(file), num_labels)
+        cfg = read_config(c, num_labels)
     except ValueError as error:
-        raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
-    cfg, files = model.cfg, tensor_files(directory)
+        raise ValueError(f"{file}: {error}") from None
+    files = tensor_files(directory)
+    found = read_headers(files)
+    held = {int(m[1]) for m in map(re.compile(r".*\.layers?\.(\d{1,9})\..*").fullmatch, found) if m}
+    if held and cfg.num_hidden_layers > max(held) + 1:          # before it is built: 10^6 layers take an hour
+        raise ValueError(f"{file}: num_hidden_layers {cfg.num_hidden_layers}, {max(held) + 1} have tensors")
+    with torch.device("meta"):
+        model = build(c, num_labels)
     expected = {key: tuple(t.shape) for key, t in model.state_dict().items()}
     ignored = IGNORED["roberta" if cfg.model_type == "roberta" else "decoder"]
-    tensors = read_tensors(files, expected, ignored, dtype, device)
+    tensors = read_tensors(found, expected, ignored, dtype, device)
     missing = [key for key in expected if key not in tensors]
     if isinstance(model, CausalLM) and cfg.tie_word_embeddings:
         missing = [key for key in missing if key != "lm_head.weight"]
+        embedding = tensors.get("model.embed_tokens.weight")
+        if embedding is not None and not torch.equal(tensors.get("lm_head.weight", embedding), embedding):
+            raise ValueError(f"{file}: tie_word_embeddings, but lm_head.weight is not the embedding")
     model.fresh_head = bool(missing) and missing == head_names(model)
     if model.fresh_head:
         for key in missing:
             tensors[key] = torch.zeros(expected[key], dtype=dtype, device=device)
             if key.endswith("weight"):
-                tensors[key].normal_(0, getattr(cfg, "initializer_range", 0.02))
+                tensors[key].normal_(0, getattr(cfg, "initializer_range", None) or 0.02)
     elif missing:
         raise ValueError(f"{files[0] if len(files) == 1 else directory}: tensor {missing[0]} is missing"
                          + f" (and {len(missing) - 1} more)" * (len(missing) > 1))
@@ -214,8 +167,10 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        there = torch.zeros(1, device=name)
+        there.cpu()             # which "meta" cannot
+        return there.device
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
 
 
@@ -302,6 +257,26 @@ def adapter_tensors(model):
             if name.rpartition(".")[2].startswith("lora_") or name in trains}
 
 
+def seal(facts, tensors):
+    """The hash of what an adapter's header says, and of its tensors."""
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, t in sorted(tensors.items()):
+        found.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def scaling(model):
+    layers = [m for m in model.modules() if hasattr(m, "delta") and hasattr(m, "scaling")]
+    return json.dumps(sorted({m.scaling for m in layers}))
+
+
+def header(model, record, tensors):
+    """Of an adapter's file: its record and its layers' scales, and a hash of these and of the tensors."""
+    facts = dict(format="pt", record=json.dumps(record, sort_keys=True), scaling=scaling(model))
+    return facts | {"sha256": seal(facts, tensors)}
+
+
 def save_adapter(directory, model, record):
     """
     Writes the adapter of an injected model. record: method, targets (a list of names), rank, alpha, dropout,
@@ -311,7 +286,7 @@ def save_adapter(directory, model, record):
     if not tensors:
         raise ValueError("nothing to save: the model has no lora_ tensor and nothing trains")
     with new_directory(directory) as part:
-        save_file(tensors, str(part / "adapter_model.safetensors"), metadata={"format": "pt"})
+        save_file(tensors, str(part / "adapter_model.safetensors"), metadata=header(model, record, tensors))
         write_json(part / "adapter_config.json", record)
 
 
@@ -328,29 +303,56 @@ def shapes_only(model):
             m.weight = weight.requires_grad_(m.weight.requires_grad)
 
 
-def load_adapter(model, directory):
-    """
-    Injects the method that adapter_config.json names into a freshly loaded model, ours or transformers', and
-    fills it -> (method, record). ValueError names the file and the tensor; the model is of no use after it.
-    """
-    config, file = Path(directory, "adapter_config.json"), Path(directory, "adapter_model.safetensors")
+def read_adapter(config, file):
+    """-> record, tensors, scaling, as they were saved, and finite; ValueError names what is not."""
     record = read_json(config)
-    if absent := [key for key in ("method", "targets", "rank") if key not in record]:
-        raise ValueError(f"{config}: no {absent[0]!r}")
     try:
-        tensors = load_file(str(file))
+        with safe_open(file, "pt") as f:
+            facts, tensors = f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
-    method, device = load_method(record["method"]), next(model.parameters()).device
+    if (sealed := facts.pop("sha256", None)) is None:
+        raise ValueError(f"{file}: its header does not say what it holds: train again")
+    if sealed != seal(facts, tensors):
+        raise ValueError(f"{file}: its header and tensors are not those that were saved")
+    saved = json.loads(facts["record"])
+    if other := [key for key in sorted(record.keys() | saved.keys()) if record.get(key) != saved.get(key)]:
+        raise ValueError(f"{config}: {other[0]} {record.get(other[0])!r}, saved was {saved.get(other[0])!r}")
+    for name, t in tensors.items():
+        if t.is_floating_point() and t.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{file}: tensor {name} is {t.dtype}, expected float32 or float64")
+        check_finite(file, name, t)
+    return record, tensors, facts["scaling"]
+
+
+def load_adapter(model, directory, method=None):
+    """
+    Injects the method that adapter_config.json names into a freshly loaded model, ours or transformers', and
+    fills it -> (method, record). It names one of the project's own; the file of another, which is code that
+    runs, the caller gives: `method`. ValueError names file and tensor; the model is of no use after it.
+    """
+    config, file = Path(directory, "adapter_config.json"), Path(directory, "adapter_model.safetensors")
+    record, tensors, trained_at = read_adapter(config, file)
+    named, own = record["method"], record.get("own") or {}
+    if method is None and named not in method_files():
+        raise ValueError(f"{config}: method {named!r} is none of {', '.join(method_files())}: --method FILE?")
+    if method is not None and Path(method).stem != Path(named).stem:
+        raise ValueError(f"{config}: method {named!r}, not {method}")
+    method, device = load_method(method or named), next(model.parameters()).device
     rebuilds = hasattr(method, "restore")
-    with shapes_only(model) if rebuilds else nullcontext():
-        method.inject(model, tuple(record["targets"]), record["rank"], record.get("alpha"),
-                      record.get("dropout", 0.0), **record.get("own", {}))
-    if rebuilds:
-        try:
+    kinds = {key: type(default) for key, (default, *_) in method.DEFAULTS.items()}
+    if wrong := [name for name, value in own.items() if type(value) is not kinds.get(name)]:
+        raise ValueError(f"{config}: {named} takes no {wrong[0]} {own[wrong[0]]!r}")
+    try:
+        with shapes_only(model) if rebuilds else nullcontext():
+            method.inject(model, tuple(record["targets"]), record["rank"], record.get("alpha"),
+                          record.get("dropout") or 0.0, **own)
+        if rebuilds:
             method.restore(model, tensors)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    if scaling(model) != trained_at:
+        raise ValueError(f"{file}: was trained at the scale {trained_at}, which is {scaling(model)} here")
     expected, head = adapter_tensors(model), head_names(model)
     if head:                # it trains beside any adapter, in fp32
         model.get_submodule(model.TRAINED_HEAD).float()
@@ -360,9 +362,10 @@ def load_adapter(model, directory):
         if name not in expected or name not in tensors:
             what = "missing" if name in expected else "not part of this model"
             raise ValueError(f"{file}: tensor {name} is {what}")
-        if expected[name].shape != tensors[name].shape:
-            raise ValueError(f"{file}: tensor {name} has shape {tuple(tensors[name].shape)}, "
-                             f"the model expects {tuple(expected[name].shape)}")
+        ours, theirs = (f"{tuple(t.shape)}" if t.is_floating_point() else f"{tuple(t.shape)} of {t.dtype}"
+                        for t in (expected[name], tensors[name]))
+        if ours != theirs:
+            raise ValueError(f"{file}: tensor {name} has shape {theirs}, the model expects {ours}")
     if rebuilds:            # what is still on the meta device can only be assigned
         tensors = {name: t.to(device, expected[name].dtype) for name, t in tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=rebuilds)
@@ -388,10 +391,7 @@ def merge(method, model, source, dtype, examples):
     Prints, and returns for summary.json, what rounding took of each update ΔW of the pretrained W (of
     source), ‖W' - (W + ΔW)‖ / ‖ΔW‖, and how far log-probabilities of a few training examples moved.
     """
-    files, changes = {}, {}
-    for file in tensor_files(resolve(source)):
-        with safe_open(file, "pt") as f:
-            files |= dict.fromkeys(f.keys(), file)
+    files, changes = {key: at[0] for key, at in read_headers(tensor_files(resolve(source))).items()}, {}
 
     def change(name, exact, seen):
         with safe_open(files[f"{name}.weight"], "pt") as f:
@@ -432,9 +432,9 @@ def report_merge(changes, dtype, ran_in, moved, count):
 def save_merged(directory, model, source):
     """
     Writes a merged model (plain Linears, after method.merge) as a Hugging Face directory, in the dtype it is
-    in. source is the directory or hub id it was loaded from: tokenizer and generation files are copied;
-    config.json too, with its dtype set to what is written (transformers would otherwise load fp32 weights as
-    bf16), and its labels where a new classifier head has another number of them.
+    in. source is the directory or hub id it was loaded from: tokenizer and generation files are copied, but
+    no chat template; config.json too, with its dtype set to what is written (transformers would otherwise
+    load fp32 weights as bf16), and the labels of a head that was trained.
     """
     source, cfg = resolve(source), model.cfg
     weights = {name: t.detach() for name, t in model.state_dict().items()}
@@ -443,9 +443,10 @@ def save_merged(directory, model, source):
     config = read_json(source / "config.json")
     written = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     config["dtype" if "dtype" in config else "torch_dtype"] = written
-    if "classifier.out_proj.weight" in weights and len(config.get("id2label") or "01") != cfg.num_labels:
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(cfg.num_labels)}
-        config["label2id"] = {f"LABEL_{i}": i for i in range(cfg.num_labels)}
+    if head_names(model) and (cfg.labels or len(own_labels(config)) != cfg.num_labels):
+        labels = cfg.labels or [f"LABEL_{i}" for i in range(cfg.num_labels)]
+        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
     shards, size = [{}], 0
     for name, t in weights.items():
         if shards[-1] and size + t.nbytes > SHARD_BYTES:
@@ -465,3 +466,5 @@ def save_merged(directory, model, source):
         for file in TEXT_FILES:
             if (source / file).exists():
                 shutil.copyfile(source / file, part / file)
+        if (file := part / "tokenizer_config.json").exists():   # the weights know our prompt, not a chat's
+            write_json(file, {key: x for key, x in read_json(file).items() if key != "chat_template"})

@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
+from config import check_labels
 from data import tasks, text
 from decode import batches, generate
+from files import check, digest
+from model import first_non_finite
 
 # ------------------------------------------------------------------------------------ likelihood
 
@@ -41,11 +44,19 @@ def nll(model, examples):
     for batch in batches([sum(len(ids) for ids, _ in several) for several in lists]):
         with eval_mode(model):
             losses = model.losses([examples[i] for i in batch])
+            check_finite(model, losses, [examples[i] for i in batch])
         parts = iter(losses.split([model.supervised(example) for i in batch for example in lists[i]]))
         for i in batch:
             found = [(part.sum().item(), len(part)) for _, part in zip(lists[i], parts)]
             out[i] = found if isinstance(examples[i], list) else found[0]
     return out
+
+
+def check_finite(model, losses, examples):
+    """FloatingPointError where a loss is no number: it would be a score, and an argmax over NaN an answer."""
+    if not losses.isfinite().all():
+        raise FloatingPointError("the loss is not finite; the first output that is not is that of "
+                                 f"{first_non_finite(model, examples) or 'no module, but of the loss'}")
 
 
 def mean_loss(losses):
@@ -60,8 +71,9 @@ def predict(model, examples):
     for batch in batches([len(ids) for ids, _ in examples]):
         logits = model.classify([examples[i] for i in batch]).float()
         gold = torch.tensor([examples[i][1] for i in batch], device=logits.device)
-        parts = F.cross_entropy(logits, gold, reduction="none").tolist()
-        for i, label, part in zip(batch, logits.argmax(-1).tolist(), parts):
+        parts = F.cross_entropy(logits, gold, reduction="none")
+        check_finite(model, parts, [examples[i] for i in batch])
+        for i, label, part in zip(batch, logits.argmax(-1).tolist(), parts.tolist()):
             labels[i], losses[i] = label, (part, 1)
     return labels, losses
 
@@ -77,14 +89,14 @@ def likelihoods(model, tokenizer, rows, room=0):
 # ------------------------------------------------------------------------------------ outputs on disk
 
 def read_lines(file):
-    """{row: the line} of a file of outputs, as far as it was written."""
+    """{row: the line} of a file of outputs, as far as it was written. ValueError: a line is none."""
     lines, held = {}, file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-    for line in held.split("\n"):               # not splitlines: an output may hold U+2028
+    for number, line in enumerate(held.split("\n"), 1):         # not splitlines: an output may hold U+2028
         try:
             line = json.loads(line)
         except ValueError:
             continue                            # empty, or cut off in the middle: generated again
-        lines[line["row"]] = line
+        lines[check(line, "outputs", f"{file}: line {number}")["row"]] = line
     return lines
 
 
@@ -110,6 +122,8 @@ def read_outputs(file, rows):
     for i, line in read_lines(file).items():
         if not 0 <= i < len(rows) or line["prompt"] != text.shown(rows[i]):
             raise ValueError(f"{file}: the output of row {i} is to another prompt than this run's")
+        if isinstance(line["output"], int) != ("label" in rows[i]):
+            raise ValueError(f"{file}: output {line['output']!r} of row {i} is not of this task")
         outputs[i] = line["output"]
     return outputs
 
@@ -174,6 +188,8 @@ def evaluate(model, tokenizer, module, rows, file=None, rule="strict", n=1, temp
         outputs = read_outputs(file, samples)
         if None in outputs:
             raise ValueError(f"{file}: holds {len(outputs) - outputs.count(None)} of {len(outputs)} outputs")
+        if module.KIND == "classify" and max(outputs) >= len(tasks.labels_of(module, rows[0]["task"])):
+            raise ValueError(f"{file}: an output is label {max(outputs)}, which the task has not")
     else:
         with eval_mode(model):
             if module.KIND == "classify":
@@ -220,7 +236,7 @@ def evaluate_sets(model, tokenizer, module, sets, name_file=lambda name: None, *
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):           # in one line, exit 2
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(str(message).splitlines())}\n")
 
 
 def shared_flags(p):
@@ -238,6 +254,7 @@ def parse(argv):
     add("--list", action="store_true", help="show every task: rows, metric, file, source; and stop")
     add("--model", default=str(checkpoint.TINY), help="Hugging Face directory or hub id")
     add("--adapter", help="adapter directory that train.py wrote")
+    add("--method", help="the adapter's method, where that is a .py file of your own: it is run")
     add("--task", default="arithmetic", help="family, set, or path to a .json / .jsonl")
     add("--data", default=".", help="directory of the data sets")
     add("--limit", type=int, help="rows per set")
@@ -249,15 +266,37 @@ def parse(argv):
     add("--seed", type=int, default=0)
     shared_flags(p)
     args = p.parse_args(argv)
-    for name, value in (("limit", args.limit), ("n", args.n)):
-        if value is not None and value < 1:
-            p.error(f"--{name} {value}, expected at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
+    for name, least, most in (("limit", 1, 2**31), ("n", 1, 10**4), ("seed", 0, 2**63 - 1)):
+        if (value := getattr(args, name)) is not None and not least <= value <= most:
+            p.error(f"--{name} {value}, expected at least {least}, at most {most}")
+    if empty := [name for name in ("model", "adapter", "method", "out") if getattr(args, name) == ""]:
+        p.error(f"--{empty[0]} '', expected a path")
+    if args.method and not args.adapter:
+        p.error("--method is that of an adapter: give --adapter, too")
+    if not 0 <= args.temperature <= 1e4 or 0 < args.temperature < 1e-4 or not 0 < args.top_p <= 1:
         p.error(f"--temperature {args.temperature:g} --top_p {args.top_p:g}, "
-                "expected 0 or more, and 0 < top_p <= 1")
+                "expected 0 or more, and 0 < top_p <= 1; a temperature above 0 from 1e-4 to 1e4")
     if args.n > 1 and args.temperature == 0:
         p.error(f"--n {args.n}: greedy outputs are all the same, give --temperature")
     return args, p
+
+
+def contents(args, sets):
+    """What the names in the settings stand for, as digests. With --score_only a model need not be there."""
+    rows = [dict(instruction="i", input=words, output="o", prefix="p") for words in ("", "j")]
+    found = {f"content of {name}": digest(rows) for name, rows in sets.items()}
+    found["content of the prompt"] = digest(*map(text.prompt_text, rows))
+    try:
+        base = checkpoint.resolve(args.model)
+        own = [base / name for name in checkpoint.TEXT_FILES if (base / name).exists()]
+        found["content of the model"] = digest(base / "config.json", *checkpoint.tensor_files(base), *own)
+        if args.adapter:
+            files = ("adapter_config.json", "adapter_model.safetensors")
+            found["content of the adapter"] = digest(*(Path(args.adapter, name) for name in files))
+    except (ValueError, OSError):
+        if not args.score_only:
+            raise
+    return found
 
 
 def check_out(out, settings, score_only):
@@ -270,7 +309,9 @@ def check_out(out, settings, score_only):
     if not file.is_file():
         raise ValueError(f"{out}: exists already, and holds no run of evaluate.py")
     held = checkpoint.read_json(file)
-    if other := [f"{key} {held.get(key)!r}" for key in settings if settings[key] != held.get(key)]:
+    other = [key for key in settings if settings[key] != held.get(key)]
+    other = [key if "content" in key else f"{key} {held.get(key)!r}" for key in other]
+    if other:
         raise ValueError(f"{out}: exists already, and holds a run with other settings: {', '.join(other)}")
 
 
@@ -278,11 +319,15 @@ def load_model(args, module, sets):
     """-> model with its adapter, tokenizer. A classifier without a head gets one, if one fits all sets."""
     device = checkpoint.pick_device(args.device)
     labels = {tasks.labels_of(module, name) for name in sets}
+    if len(labels) > 1:                                         # then a head that fits all, if there is one
+        labels = {len(names) for names in labels}
     model = checkpoint.load(args.model, checkpoint.pick_dtype(args.dtype, device, args.model), device,
                             num_labels=labels.pop() if len(labels) == 1 else None)
+    for name in sets:                                           # with any of them, for load knows of one
+        check_labels(vars(model.cfg), tasks.labels_of(module, name) or ())
     tasks.check_kind(model, module)
     if args.adapter:
-        checkpoint.load_adapter(model, args.adapter)
+        checkpoint.load_adapter(model, args.adapter, args.method)
     elif model.fresh_head:
         print("note: the checkpoint has no classification head, this one is random")
     return model, text.Tokenizer(args.model, model.cfg)
@@ -297,6 +342,7 @@ def run(args):
     out = Path(args.out) if args.out else None
     free = ("out", "score_only", "allow_code_execution", "rule", "device")  # what may differ when it goes on
     settings = {key: value for key, value in vars(args).items() if key not in free}
+    settings |= contents(args, sets) if out else {}
     check_out(out, settings, args.score_only)
     torch.manual_seed(args.seed)        # a head that the checkpoint lacks, sampling
     model = tokenizer = None
@@ -324,6 +370,8 @@ def main(argv=None):
         return tasks.list_tasks()
     try:
         run(args)
+    except FloatingPointError as error:
+        p.exit(1, f"{p.prog}: {error}\n")
     except (ValueError, OSError) as error:
         p.error(error)
 

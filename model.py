@@ -355,3 +355,27 @@ class RobertaClassifier(nn.Module):
         logits = self.classify(examples)
         labels = torch.tensor([label for _, label in examples], device=logits.device)
         return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+# ------------------------------------------------------------------------------------ where a number went
+
+@torch.no_grad()
+def first_non_finite(model, examples):
+    """
+    The name of the module that is the first to put out a NaN or an infinity for these examples, by one more
+    forward pass; None where no module does. What went in was finite: its own weights, or their size, did it.
+    """
+    found = []
+
+    def look(module, inputs, output):
+        if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
+            found.append(module)
+
+    handles = [m.register_forward_hook(look) for m in model.modules()]
+    try:
+        with torch.compiler.set_stance("force_eager"):      # a compiled block calls no hook
+            model.losses(examples)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return next((name for name, m in model.named_modules() if found and m is found[0]), None)

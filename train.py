@@ -108,10 +108,13 @@ def check(p, args, method):
     """What argparse cannot see for itself; exits 2."""
     least = dict(batch_size=1, micro_batch_size=1, max_steps=1, max_len=2, log_every=1, save_steps=1,
                  eval_every=1, eval_limit=1, train_rows=1, reinit_at=1, rank=1,
-                 val_rows=0, warmup_steps=0, weight_decay=0, grad_clip=0)
+                 val_rows=0, warmup_steps=0, weight_decay=0, grad_clip=0, seed=0)
     for name, smallest in least.items():
         if getattr(args, name) is not None and not getattr(args, name) >= smallest:
             p.error(f"--{name} {getattr(args, name)}, expected at least {smallest}")
+    for name, value in vars(args).items():      # what no fp32 number and no 64-bit counter holds is a slip
+        if type(value) in (int, float) and not abs(value) <= (2**62 if isinstance(value, int) else 1e30):
+            p.error(f"--{name} {value}, expected a number that fits")
     if args.reinit_every == "none":
         args.reinit_every = None
     args.micro_batch_size = micro = args.micro_batch_size or args.batch_size

@@ -65,13 +65,13 @@ def metric_of(module, name):
 
 
 def labels_of(module, name):
-    """How many labels a set's classification head has; None for other kinds of task."""
-    return len(module.TASKS[name]["labels"]) if module.KIND == "classify" else None
+    """The labels of a set, in the order of a classification head; None for other kinds of task."""
+    return module.TASKS[name]["labels"] if module.KIND == "classify" else None
 
 
 def fitting(sets, module, labels):
     """The sets that the model's one head fits (a family may need several); a line for each other one."""
-    needs = {name: labels_of(module, name) for name in sets}
+    needs = {name: len(labels_of(module, name) or ()) or None for name in sets}
     for name, needed in needs.items():
         if needed != labels:
             print(f"{name} needs a head of {needed} labels, the model's has {labels}")

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_model import SMALL, old_dialect, saved
 
@@ -205,11 +206,30 @@ def test_an_empty_adapter_is_not_written(tiny, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def edit(directory, change):
-    file = directory / "adapter_model.safetensors"
+TENSORS = "adapter_model.safetensors"
+
+
+def edit(directory, change, **other):
+    """Other tensors, under a seal that is theirs: a whole adapter, of something else."""
+    file = directory / TENSORS
+    with safe_open(file, "pt") as f:
+        facts = {key: value for key, value in f.metadata().items() if key != "sha256"} | other
     tensors = load_file(file)
     change(tensors)
-    save_file(tensors, file)
+    save_file(tensors, file, metadata=facts | {"sha256": checkpoint.seal(facts, tensors)})
+
+
+def rewrite(directory, **changes):
+    """Another record, in both places."""
+    record = dict(RECORD, **changes)
+    (directory / "adapter_config.json").write_text(json.dumps(record))
+    edit(directory, lambda tensors: None, record=json.dumps(record, sort_keys=True))
+
+
+def flip(directory):
+    raw = bytearray((directory / TENSORS).read_bytes())
+    raw[-1] ^= 1
+    (directory / TENSORS).write_bytes(raw)
 
 
 KEY = "model.layers.1.self_attn.q_proj.lora_A"
@@ -226,6 +246,21 @@ BAD = {
     "a tensor too few": (lambda d: edit(d, lambda t: t.pop(KEY)), rf"tensor {KEY} is missing"),
     "a tensor too many": (lambda d: edit(d, lambda t: t.update({"lora_z": torch.ones(2)})),
                           r"tensor lora_z is not part of"),
+    "a NaN": (lambda d: edit(d, lambda t: t[KEY][0].fill_(float("nan"))), rf"tensor {KEY} is not finite"),
+    "bf16": (lambda d: edit(d, lambda t: t.update({KEY: t[KEY].bfloat16()})),
+             rf"tensor {KEY} is torch.bfloat16, expected float32 or float64"),
+    "integers": (lambda d: edit(d, lambda t: t.update({KEY: t[KEY].long()})),
+                 rf"tensor {KEY} has shape \(2, 128\) of torch.int64, the model expects \(2, 128\)"),
+    "another number": (lambda d: flip(d), r"its header and tensors are not those that were saved"),
+    "no seal": (lambda d: save_file(load_file(d / TENSORS), d / TENSORS),
+                r"its header does not say what it holds: train again"),
+    "another rank": (lambda d: (d / "adapter_config.json").write_text(json.dumps(dict(RECORD, rank=1))),
+                     r"adapter_config\.json: rank 1, saved was 2"),
+    "another scale": (lambda d: edit(d, lambda t: None, scaling="[2.0]"),
+                      r"was trained at the scale \[2\.0\], which is \[1\.5\] here"),
+    "a flag of no method": (lambda d: rewrite(d, own={"k": 2}), r"adapter_config\.json: lora takes no k 2"),
+    "a rank of a text": (lambda d: rewrite(d, rank="2"), r"rank '2', expected a whole number from 1"),
+    "a rank too large": (lambda d: rewrite(d, rank=129), r"rank 129 for .*, expected 1 to "),
     "another shape": (lambda d: edit(d, lambda t: t.update({KEY: torch.ones(2, 3)})),
                       rf"tensor {KEY} has shape \(2, 3\), the model expects \(2, 128\)"),
 }
@@ -239,3 +274,81 @@ def test_a_bad_adapter_is_one_clear_error(name, adapter, tiny):
     with pytest.raises(ValueError, match=message) as error:
         checkpoint.load_adapter(checkpoint.load(tiny), directory)
     assert "\n" not in str(error.value)
+
+
+def test_an_adapter_runs_no_code_but_the_projects_own_or_what_the_caller_names(adapter, tiny, tmp_path):
+    _, directory = adapter
+    evil, ran = tmp_path / "evil.py", tmp_path / "ran"
+    lora = checkpoint.method_files()["lora"].read_text(encoding="utf-8")
+    evil.write_text(lora + f"\nopen({str(ran)!r}, 'w')\n", encoding="utf-8")
+    rewrite(directory, method=str(evil))
+    with pytest.raises(ValueError, match=r"evil\.py' is none of .*lora.*: --method FILE\?"):
+        checkpoint.load_adapter(checkpoint.load(tiny), directory)
+    with pytest.raises(ValueError, match=r"method '.*evil\.py', not gfa"):
+        checkpoint.load_adapter(checkpoint.load(tiny), directory, "gfa")
+    assert not ran.exists()
+    method, _ = checkpoint.load_adapter(checkpoint.load(tiny), directory, evil)
+    assert ran.exists() and method.__file__ == str(evil)
+
+
+def test_an_index_that_leads_elsewhere_or_to_a_tensor_twice_is_refused(tmp_path):
+    saved(tmp_path / "m", tf.Qwen2ForCausalLM(tf.Qwen2Config(**SMALL, num_key_value_heads=2)))
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "x.safetensors")
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+    with pytest.raises(ValueError, match="shard named in .*index.json, not found beside it"):
+        checkpoint.load(tmp_path / "m")
+    for name in "yz":
+        shutil.copy(tmp_path / "x.safetensors", tmp_path / "m" / f"{name}.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a": "y.safetensors", "b": "z.safetensors"}}))
+    with pytest.raises(ValueError, match="z.safetensors: tensor .* is in y.safetensors, too"):
+        checkpoint.load(tmp_path / "m")
+
+
+def test_what_belongs_to_a_tokenizer_is_copied_but_for_a_chat_template(tmp_path, tiny):
+    shutil.copytree(tiny, tmp_path / "base")
+    for name, words in {"tokenizer_config.json": '{"chat_template": "x", "eos_token": "y"}',
+                        "vocab.json": "{}", "chat_template.jinja": "x",
+                        "generation_config.json": '{"eos_token_id": 0}'}.items():
+        (tmp_path / "base" / name).write_text(words)
+    checkpoint.save_merged(tmp_path / "m", checkpoint.load(tmp_path / "base"), tmp_path / "base")
+    assert {file.name for file in (tmp_path / "m").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+        "generation_config.json"}
+    assert json.loads((tmp_path / "m" / "tokenizer_config.json").read_text()) == {"eos_token": "y"}
+
+
+def test_labels_are_those_of_the_task_and_in_its_order(tmp_path):
+    labels = ("entailment", "neutral", "contradiction")
+    config = tf.RobertaConfig(**SMALL, max_position_embeddings=40, num_labels=3)
+    saved(tmp_path / "base", tf.RobertaForSequenceClassification(config))
+    model = checkpoint.load(tmp_path / "base", num_labels=labels)
+    checkpoint.save_merged(tmp_path / "m", model, tmp_path / "base")
+    written = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert [written["id2label"][str(i)] for i in range(3)] == [*labels]
+    assert written["label2id"] == {label: i for i, label in enumerate(labels)}
+    assert checkpoint.load(tmp_path / "m", num_labels=labels).cfg.num_labels == 3
+    assert checkpoint.load(tmp_path / "m", num_labels=("yes", "no", "perhaps")).cfg.num_labels == 3
+    written["id2label"] = {"0": "CONTRADICTION", "1": "NEUTRAL", "2": "ENTAILMENT"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="config.json: id2label is contradiction, neutral, entailment, the"):
+        checkpoint.load(tmp_path / "m", num_labels=labels)
+    written["id2label"].pop("1")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="config.json: id2label has no 1, but 0, 2"):
+        checkpoint.load(tmp_path / "m", num_labels=labels)
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj",
+                                   "model.norm"])
+def test_the_first_output_that_is_not_finite_is_found_and_nothing_stays_behind(place, tiny):
+    model = checkpoint.load(tiny)
+    assert M.first_non_finite(model, EXAMPLES) is None
+    checkpoint.load_method("lora").inject(model, ("q_proj",), 2)
+    with torch.no_grad():
+        layer = model.get_submodule(place)
+        getattr(layer, "lora_B", getattr(layer, "weight", None)).fill_(float("inf"))
+    for block in model.blocks():
+        block.compile(backend="eager")
+    assert M.first_non_finite(model, EXAMPLES) == place
+    assert not any(m._forward_hooks for m in model.modules())

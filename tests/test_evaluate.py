@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -485,6 +486,12 @@ def test_the_command_runs_alone_with_an_adapter(tiny, tmp_path):
                           "(.gz or not); from LLM-Adapters, dataset/boolq"),
     (["--limit", "0"], "--limit 0, expected at least 1"),
     (["--out", "."], ".: exists already, and holds no run of evaluate.py"),
+    (["--adapter", ""], "--adapter '', expected a path"),
+    (["--method", "x.py"], "--method is that of an adapter"),
+    (["--temperature", "nan"], "--temperature nan --top_p 1, expected 0 or more"),
+    (["--temperature", "1e-40"], "--temperature 1e-40 --top_p 1, expected 0 or more"),
+    (["--seed", "-1"], "--seed -1, expected at least 0"),
+    (["--device", "meta"], "device 'meta': "),
     (["--score_only"], "--score_only: no outputs in --out None"),
     (["--n", "4"], "--n 4: greedy outputs are all the same"),
     (["--top_p", "0"], "expected 0 or more, and 0 < top_p <= 1"),
@@ -508,3 +515,93 @@ def test_a_model_trains_on_after_an_evaluation_that_failed(tiny):
         assert not net.training
         raise ZeroDivisionError
     assert net.training
+
+
+# ------------------------------------------------------------------------------------ nothing stale, no NaN
+
+def adapter_of(tiny, directory, std):
+    net = checkpoint.load(tiny)
+    checkpoint.load_method("lora").inject(net, ("q_proj",), 2)
+    for p in net.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, 0, std)
+    checkpoint.save_adapter(directory, net, dict(method="lora", targets=["q_proj"], rank=2))
+
+
+def test_an_evaluation_of_something_else_under_the_same_names_is_refused(tiny, tmp_path, capsys, monkeypatch):
+    torch.manual_seed(0)
+    adapter_of(tiny, tmp_path / "a", 0.1)
+    model, data = tmp_path / "model", tmp_path / "mine.json"
+    shutil.copytree(tiny, model)
+    rows = [dict(instruction=f"{i} + 1", input="", output=f"The answer is {i + 1}.") for i in range(3)]
+    data.write_text(json.dumps(rows))
+    flags = ["--model", str(model), "--adapter", str(tmp_path / "a"), "--task", str(data),
+             "--out", str(tmp_path / "out")]
+    E.main(flags)
+    first = capsys.readouterr().out
+    E.main(flags)
+    assert capsys.readouterr().out == first
+
+    def refused(*more):
+        with pytest.raises(SystemExit):
+            E.main([*flags, *more])
+        return capsys.readouterr().err.partition("other settings: ")[2].strip()
+
+    whole = data.read_text()
+    data.write_text(whole.replace("The", "An"))
+    assert refused() == f"content of {data}"
+    data.write_text(whole)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(dict(config, rms_norm_eps=1e-6)))
+    assert refused() == refused("--score_only") == "content of the model"
+    (model / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "PROMPT", text.PROMPT.replace("request", "wish"))
+        assert refused() == "content of the prompt"
+    E.main(flags)
+    adapter_of(tiny, tmp_path / "a", 0.2)
+    assert refused() == refused("--score_only") == "content of the adapter"
+    shutil.rmtree(tmp_path / "a")                       # what was evaluated can be scored without it
+    E.main([*flags, "--score_only"])
+
+
+def test_the_command_runs_a_method_file_that_it_is_told_of(tiny, tmp_path, capsys):
+    mine = tmp_path / "mine.py"
+    mine.write_bytes(checkpoint.method_files()["lora"].read_bytes())
+    net = checkpoint.load(tiny)
+    checkpoint.load_method(mine).inject(net, ("q_proj",), 2)
+    checkpoint.save_adapter(tmp_path / "a", net, dict(method=str(mine), targets=["q_proj"], rank=2))
+    flags = ["--task", "arithmetic", "--limit", "2", "--adapter", str(tmp_path / "a")]
+    with pytest.raises(SystemExit):
+        E.main(flags)
+    assert "mine.py' is none of" in capsys.readouterr().err
+    E.main([*flags, "--method", str(mine)])
+    assert "(2 rows)" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_is_no_score_and_names_the_first_module(tiny, tmp_path, capsys):
+    """Every weight is finite, and what they make is not."""
+    net = checkpoint.load(tiny)
+    with torch.no_grad():
+        net.model.layers[2].mlp.up_proj.weight.fill_(3e38)
+    checkpoint.save_merged(tmp_path / "m", net, tiny)
+    with pytest.raises(SystemExit) as stop:
+        E.main(["--model", str(tmp_path / "m"), "--task", "arithmetic", "--limit", "2", "--dtype", "float32"])
+    printed = capsys.readouterr()
+    assert stop.value.code == 1 and "loss" not in printed.out
+    assert printed.err == ("evaluate.py: the loss is not finite; the first output that is not is that of "
+                           "model.layers.2.mlp.up_proj\n")
+
+
+@pytest.mark.parametrize("line, message", [
+    ("[]", "line 2: found a list, expected an object"), ("null", "line 2: found a NoneType"),
+    ('{"row": 1}', "line 2: no 'prompt'"),
+    ('{"row": "1", "prompt": "", "output": ""}', "line 2: row '1', expected a whole number"),
+    ('{"row": 1, "prompt": PROMPT, "output": 3}', "output 3 of row 1 is not of this task")])
+def test_a_line_of_outputs_that_is_none_is_one_clear_error(line, message, tmp_path):
+    rows, file = arithmetic.generate("test", 3, 1, 0), tmp_path / "easy.jsonl"
+    lines = [json.dumps(dict(row=i, prompt=text.shown(row), output="x")) for i, row in enumerate(rows)]
+    lines[1] = line.replace("PROMPT", json.dumps(text.shown(rows[1])))
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=message):
+        E.evaluate(None, None, arithmetic, rows, file)

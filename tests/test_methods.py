@@ -293,7 +293,7 @@ def test_an_adapter_on_disk_reloads_on_the_pretrained_model(case, tmp_path):
     save(method, model, tmp_path / "a", {})
     other = copy.deepcopy(base)
     torch.manual_seed(12345)
-    checkpoint.load_adapter(other, tmp_path / "a")
+    checkpoint.load_adapter(other, tmp_path / "a", method.__file__)
     same(other(x), model(x), "the lora_ tensors on disk are all that a reload needs, whatever torch's seed")
     saved, loaded = (checkpoint.adapter_tensors(m) for m in (model, other))
     assert list(saved) == list(loaded), "a reload has the tensors that were saved"
@@ -315,7 +315,7 @@ def test_an_adapter_reloads_under_every_flag(name, tmp_path):
         stages(method, model, x)
         save(method, model, tmp_path / f"{number}", {flag: value})
         torch.manual_seed(12345)
-        checkpoint.load_adapter(base, tmp_path / f"{number}")
+        checkpoint.load_adapter(base, tmp_path / f"{number}", method.__file__)
         same(base(x), model(x), f"a run with --{flag} {value} reloads from its flags and its lora_ tensors")
 
 

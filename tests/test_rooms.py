@@ -6,13 +6,16 @@ from conftest import ROOT
 
 import checkpoint
 
-OURS = {"train", "evaluate", "data", "checkpoint", "decode", "model", "presets", "distributed"}
+OURS = {"train", "evaluate", "data", "checkpoint", "config", "files", "decode", "model", "presets",
+        "distributed"}
 MAY = {
     "train.py": OURS - {"train"},
-    "evaluate.py": {"data", "checkpoint", "decode", "model"},
+    "evaluate.py": {"data", "checkpoint", "config", "files", "decode", "model"},
     "data/text.py": {"checkpoint"},
     "data/tasks.py": set(),                         # it finds task files, and imports them by name
-    "checkpoint.py": {"model"},
+    "checkpoint.py": {"config", "files", "model"},
+    "config.py": {"model"},
+    "files.py": set(),
     "decode.py": set(),
     "model.py": set(),
     "presets.py": set(),

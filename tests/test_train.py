@@ -381,7 +381,7 @@ def test_a_copy_of_lora_is_a_method_without_any_other_edit(tmp_path):
                   out=tmp_path / "run")
     assert summary["method"].endswith("mine.py")
     model = checkpoint.load(ROOT / "data" / "tiny")
-    checkpoint.load_adapter(model, tmp_path / "run" / "adapter")
+    checkpoint.load_adapter(model, tmp_path / "run" / "adapter", tmp_path / "mine.py")
 
 
 def test_a_copied_file_trains_by_its_originals_presets_and_the_first_lines_say_so(tmp_path, capsys):
