@@ -11,6 +11,7 @@ import math
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 import checkpoint
 import presets
+import runs
 from data import tasks, text
 from evaluate import Parser, evaluate_sets, mean_loss, nll, shared_flags
 from model import targets_of
@@ -87,11 +89,12 @@ def add_flags(p, method):
     add("--eval_every", type=int, help="validation loss every N steps; none: every epoch, with --val_rows")
     add("--eval_before", action=flag, default=True, help="evaluate before training, too")
     add("--log_every", type=int, default=10)
-    add("--save_steps", type=int, help="save the adapter every N steps")
+    add("--save_steps", type=int, help="save the adapter, and what --resume goes on from, every N steps")
     add("--merge", action=flag, default=False, help="also write the merged model, a Hugging Face directory")
     add("--merge_dtype", choices=["float32", "bfloat16"], help="none: float32 on a CPU, else --dtype's")
     add("--out_dir", "--output_dir", help="none: runs/<task>-<method>-r<rank>-<time>")
     add("--overwrite", action=flag, default=False, help="replace the run that is in out_dir")
+    add("--resume", nargs="?", const=True, metavar="RUN", help="go on with a stopped run; none: in out_dir")
     shared_flags(p)
     add = p.add_argument_group(f"{Path(method.__file__).name}'s own").add_argument
     for name, (default, words, *choices) in method.DEFAULTS.items():        # words: the help
@@ -198,15 +201,26 @@ def backward(model, batch, micro_batch_size):
     return total.item(), sum(len(ids) for ids, _ in batch)
 
 
-def check_finite(model, step, loss, norm):
-    """RuntimeError that names the step and the tensor, before anything is stepped."""
+def check_finite(model, step, loss, norm, batch=()):
+    """RuntimeError that names the step and what is not finite first, before anything is stepped."""
     if math.isfinite(loss) and math.isfinite(norm):
         return
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    what = "gradient norm" if math.isfinite(loss) else "loss"
-    what = f"gradient of {bad[0]} ({len(bad)} in all)" if bad else what
+    what = f"gradient of {bad[0]} ({len(bad)} in all)" if bad else "gradient norm"
+    if not math.isfinite(loss):             # then so are the gradients: forward tells where it began
+        what = f"loss, first {runs.first_non_finite(model, batch)}" if batch else "loss"
     raise RuntimeError(f"step {step}: loss {loss}, gradient norm {norm}; not finite: {what}. "
                        "This step was not taken; what was saved is kept. Lower --lr?")
+
+
+def save(model, step, batch, directory, record):
+    """The adapter, if it and the loss of the step's batch are finite now: a finite step may lead anywhere."""
+    what = [name for name, t in checkpoint.adapter_tensors(model).items() if not t.isfinite().all()]
+    if not what and not math.isfinite(mean_loss(nll(model, batch))):
+        what = [f"loss, first {runs.first_non_finite(model, batch)}"]
+    if what:
+        raise RuntimeError(f"after step {step}: not finite: {what[0]}. What was saved before is kept. Lower --lr?")
+    checkpoint.save_adapter(directory, model, record | {"step": step})
 
 
 def peak_memory_mb(device):
@@ -222,18 +236,6 @@ def peak_memory_mb(device):
 
 
 # ------------------------------------------------------------------------------------ set-up
-
-def check_out(out, args):
-    """ValueError where the run's directory holds something that must not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "args.json").is_file():
-        raise ValueError(f"{out}: exists and holds something else than a run")
-    if not args.overwrite:
-        raise ValueError(f"{out}: holds another run; --overwrite replaces it")
-    if out.resolve() in Path(args.model).resolve().parents:
-        raise ValueError(f"{out}: holds the model {args.model}, which --overwrite would delete")
-
 
 def adapt(args, method, model):
     """Injects the method, and unfreezes a classifier's head -> what an adapter's file says of itself."""
@@ -288,6 +290,9 @@ def measure(when, args, model, tokenizer, task, sets, out):
     table = evaluate_sets(model, tokenizer, task, sets, name_file, rule=args.rule,
                           execute=args.allow_code_execution)
     found = {when: table.pop("main", {}), f"loss_{when}": table.pop("loss")["mean"]}
+    if not math.isfinite(found[f"loss_{when}"]):
+        examples = [text.example(tokenizer, row) for rows in sets.values() for row in rows]
+        raise RuntimeError(f"{when} training: loss not finite, first {runs.first_non_finite(model, examples)}")
     if "majority" in table:                     # the task's score has it where it means something
         found["majority"] = table.pop("majority")
     metrics = {tasks.metric_of(task, name) for name in sets}
@@ -305,20 +310,29 @@ def log(out, bar, line):
     bar.set_postfix_str(words) if not bar.disable else print(words, flush=True)
 
 
-def validate(model, examples, step, summary, out, record):
+def validate(model, examples, step, batch, summary, out, record):
     """The validation loss, into the summary; the adapter with the least so far is kept as adapter-best."""
     last = summary["last"] = dict(step=step, loss_val=mean_loss(nll(model, examples)))
     tqdm.write(f"step {step:5}  validation loss {last['loss_val']:.4f}")
     if "best" not in summary or last["loss_val"] < summary["best"]["loss_val"]:
         summary["best"] = last
-        checkpoint.save_adapter(out / "adapter-best", model, record | {"step": step})
+        save(model, step, batch, out / "adapter-best", record)
 
 
 def main(argv=None):
     args, method = parse(argv)
+    with runs.Run(args) as run:         # which listens to signals; its lock ends here
+        try:
+            train(args, method, run)
+        except torch.OutOfMemoryError:
+            print("out of memory; lower, in this order: --micro_batch_size, --max_len; --checkpointing; --targets "
+                  "attention; --rank; for evaluation BATCH_TOKENS in model.py", file=sys.stderr)
+            raise
+
+
+def train(args, method, run):
     try:        # all at which bad input can fail, before anything is written
-        if args.out_dir:
-            check_out(Path(args.out_dir), args)
+        run.check()
         task, args.task, names = tasks.find_task(args.task)
         sets, absent = tasks.test_rows(task, names, args.data, args.eval_limit)
         rows = tasks.train_rows(task, args.data, args.task, args.mix)[:args.train_rows]
@@ -339,19 +353,17 @@ def main(argv=None):
         reinits = reinit_steps(args.reinit_every, args.reinit_at, steps, epoch_steps)
         record = adapt(args, method, model)
         optimizer = make_optimizer(method, args, [p for p in model.parameters() if p.requires_grad])
+        now = time.strftime("%Y%m%d-%H%M%S")
+        name = f"{Path(args.task).stem}-{Path(args.method).stem}-r{args.rank}-{now}"
+        out = run.claim(name, environment(device) | dict(inputs=runs.inputs(args, method, rows, sets)))
+        resumed = run.load(model, optimizer, method)        # {} unless --resume goes on from a saved state
     except (ValueError, OSError) as error:
         Parser(prog="train.py").error(error)    # one line, exit 2
-    name = f"{Path(args.task).stem}-{Path(args.method).stem}-r{args.rank}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = Path(args.out_dir or f"runs/{name}")
     trainable = describe(args, method, model, examples, cut, steps, epoch_steps)
-    if (out / "args.json").exists():        # --overwrite, see check_out
-        shutil.rmtree(out)
-    (out / "eval").mkdir(parents=True)
-    checkpoint.write_json(out / "args.json", vars(args))
-    checkpoint.write_json(out / "env.json", environment(device))
     summary = dict(task=args.task, method=args.method, rank=args.rank, trainable=trainable, steps=steps)
-    started = time.perf_counter()
-    if args.eval_before:
+    summary |= resumed.get("summary", {})
+    started = time.perf_counter() - resumed.get("seconds", 0)
+    if args.eval_before and not resumed:
         summary |= measure("before", args, model, tokenizer, task, sets, out)
 
     model.checkpointing = args.checkpointing
@@ -361,22 +373,22 @@ def main(argv=None):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model.train()
-    bar = tqdm(total=steps, disable=None, desc="train")
-    pace = []                               # (tokens, seconds) of each step
+    bar = tqdm(total=steps, initial=run.step, disable=None, desc="train")
+    pace = resumed.get("pace", [])          # (tokens, seconds) of each step; of those before a resume, in one
     speed = lambda pace: sum(tokens for tokens, _ in pace) / sum(seconds for _, seconds in pace)
-    for step in range(1, steps + 1):
+    for step in run.steps(steps):           # 1, 2, .. steps; a resumed run goes on where it stopped
         began = time.perf_counter()
         epoch, position = divmod(step - 1, epoch_steps)
-        if position == 0:
-            shuffled = order(args.seed, epoch, len(examples))
+        shuffled = order(args.seed, epoch, len(examples))
         chosen = shuffled[position * args.batch_size:(position + 1) * args.batch_size]
-        loss, seen = backward(model, [examples[i] for i in chosen], args.micro_batch_size)
+        batch = [examples[i] for i in chosen]
+        loss, seen = backward(model, batch, args.micro_batch_size)
         if hasattr(method, "observe"):
             method.observe(model, step, steps)
         # Collected anew every step: reinit may replace parameters in the optimizer's groups.
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        check_finite(model, step, loss, norm.item())
+        check_finite(model, step, loss, norm.item(), batch)
         if args.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(params, args.grad_clip, norm)
         factor = lr_at(step - 1, steps, args.warmup_steps, args.schedule)
@@ -398,12 +410,14 @@ def main(argv=None):
                                tokens_per_second=speed(pace[-args.log_every:]),
                                peak_memory_mb=peak_memory_mb(device)))
         if held_out and (step % (args.eval_every or epoch_steps) == 0 or step == steps):
-            validate(model, held_out, step, summary, out, record)
-        if args.save_steps and step % args.save_steps == 0:
-            checkpoint.save_adapter(out / "adapter", model, record | {"step": step})
+            validate(model, held_out, step, batch, summary, out, record)
+        if step == steps or run.signal or (args.save_steps and step % args.save_steps == 0):
+            save(model, step, batch, out / "adapter", record)
+            if args.save_steps or run.signal:       # SIGINT, SIGTERM: the run ends in this line
+                run.save(model, optimizer, summary=summary, seconds=time.perf_counter() - started,
+                         pace=[[sum(column) for column in zip(*pace)]])
     bar.close()
 
-    checkpoint.save_adapter(out / "adapter", model, record | {"step": steps})
     summary |= measure("after", args, model, tokenizer, task, sets, out)
     if absent:
         summary["absent"] = absent
