@@ -25,6 +25,7 @@ from model import TARGETS, CausalLM, RobertaClassifier
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "data" / "tiny"       # the bundled model
 SHARD_BYTES = 5_000_000_000
+AT_FDCWD, RENAME_EXCHANGE = -100, 2     # Linux's own numbers
 
 
 # -------------------------------------------------------------------------------- config.json
@@ -273,7 +274,7 @@ def beside(path, kind="part"):
 
 
 def sync(path):
-    """What was written to a file, or the names in a directory, are on the disk (Windows opens no directory)."""
+    """What was written to a file, or the names in a directory, are on the disk; Windows opens none."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -281,11 +282,11 @@ def sync(path):
 
 
 def put(part, path):
-    """The directory `part` takes the place of `path`, and the other way round: in one step where there is one."""
+    """The directory `part` takes the place of `path`, and that of `part`: in one step where there is one."""
     swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     if not path.exists():
         part.rename(path)
-    elif not swap or swap(-100, os.fsencode(part), -100, os.fsencode(path), 2):     # AT_FDCWD, RENAME_EXCHANGE
+    elif not swap or swap(AT_FDCWD, os.fsencode(part), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE):
         path.rename(old := beside(path, "old"))     # stopped here, runs.clear renames it back
         part.rename(path)
         old.rename(part)
@@ -337,6 +338,8 @@ def save_adapter(directory, model, record):
     tensors = {name: t.detach().contiguous() for name, t in adapter_tensors(model).items()}
     if not tensors:
         raise ValueError("nothing to save: the model has no lora_ tensor and nothing trains")
+    if bad := [name for name, t in tensors.items() if not t.isfinite().all()]:
+        raise ValueError(f"not saved: {bad[0]} is not finite ({len(bad)} such tensors)")
     with new_directory(directory) as part:
         save_file(tensors, str(part / "adapter_model.safetensors"), metadata={"format": "pt"})
         write_json(part / "adapter_config.json", record)

@@ -201,26 +201,17 @@ def backward(model, batch, micro_batch_size):
     return total.item(), sum(len(ids) for ids, _ in batch)
 
 
-def check_finite(model, step, loss, norm, batch=()):
-    """RuntimeError that names the step and what is not finite first, before anything is stepped."""
-    if math.isfinite(loss) and math.isfinite(norm):
+def check_finite(model, step, loss, norm=None, batch=()):
+    """RuntimeError that names the step and what is not finite first: before it is taken, or is saved."""
+    if math.isfinite(loss) and math.isfinite(norm or 0.0):
         return
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     what = f"gradient of {bad[0]} ({len(bad)} in all)" if bad else "gradient norm"
-    if not math.isfinite(loss):             # then so are the gradients: forward tells where it began
-        what = f"loss, first {runs.first_non_finite(model, batch)}" if batch else "loss"
-    raise RuntimeError(f"step {step}: loss {loss}, gradient norm {norm}; not finite: {what}. "
-                       "This step was not taken; what was saved is kept. Lower --lr?")
-
-
-def save(model, step, batch, directory, record):
-    """The adapter, if it and the loss of the step's batch are finite now: a finite step may lead anywhere."""
-    what = [name for name, t in checkpoint.adapter_tensors(model).items() if not t.isfinite().all()]
-    if not what and not math.isfinite(mean_loss(nll(model, batch))):
-        what = [f"loss, first {runs.first_non_finite(model, batch)}"]
-    if what:
-        raise RuntimeError(f"after step {step}: not finite: {what[0]}. What was saved before is kept. Lower --lr?")
-    checkpoint.save_adapter(directory, model, record | {"step": step})
+    if not math.isfinite(loss):             # then gradients are not, either: forward tells where it began
+        what = f"loss; first of all {runs.first_non_finite(model, batch)}" if batch else "loss"
+    when = f"loss {loss}, gradient norm {norm}" if norm is not None else f"loss after it {loss}"
+    raise RuntimeError(f"step {step}: {when}; not finite: {what}. "
+                       "Nothing of it was saved; what was saved before is kept. Lower --lr?")
 
 
 def peak_memory_mb(device):
@@ -292,7 +283,8 @@ def measure(when, args, model, tokenizer, task, sets, out):
     found = {when: table.pop("main", {}), f"loss_{when}": table.pop("loss")["mean"]}
     if not math.isfinite(found[f"loss_{when}"]):
         examples = [text.example(tokenizer, row) for rows in sets.values() for row in rows]
-        raise RuntimeError(f"{when} training: loss not finite, first {runs.first_non_finite(model, examples)}")
+        raise RuntimeError(f"loss {when} training not finite; first of all "
+                           f"{runs.first_non_finite(model, examples)}")
     if "majority" in table:                     # the task's score has it where it means something
         found["majority"] = table.pop("majority")
     metrics = {tasks.metric_of(task, name) for name in sets}
@@ -310,13 +302,14 @@ def log(out, bar, line):
     bar.set_postfix_str(words) if not bar.disable else print(words, flush=True)
 
 
-def validate(model, examples, step, batch, summary, out, record):
+def validate(model, examples, step, summary, out, record):
     """The validation loss, into the summary; the adapter with the least so far is kept as adapter-best."""
     last = summary["last"] = dict(step=step, loss_val=mean_loss(nll(model, examples)))
     tqdm.write(f"step {step:5}  validation loss {last['loss_val']:.4f}")
+    check_finite(model, step, last["loss_val"], batch=examples)
     if "best" not in summary or last["loss_val"] < summary["best"]["loss_val"]:
         summary["best"] = last
-        save(model, step, batch, out / "adapter-best", record)
+        checkpoint.save_adapter(out / "adapter-best", model, record | {"step": step})
 
 
 def main(argv=None):
@@ -325,8 +318,9 @@ def main(argv=None):
         try:
             train(args, method, run)
         except torch.OutOfMemoryError:
-            print("out of memory; lower, in this order: --micro_batch_size, --max_len; --checkpointing; --targets "
-                  "attention; --rank; for evaluation BATCH_TOKENS in model.py", file=sys.stderr)
+            print("out of memory; what to change, in this order: lower --micro_batch_size, lower --max_len, "
+                  "--checkpointing, --targets attention, lower --rank; where it was evaluated, lower "
+                  "BATCH_TOKENS in model.py", file=sys.stderr)
             raise
 
 
@@ -376,10 +370,12 @@ def train(args, method, run):
     bar = tqdm(total=steps, initial=run.step, disable=None, desc="train")
     pace = resumed.get("pace", [])          # (tokens, seconds) of each step; of those before a resume, in one
     speed = lambda pace: sum(tokens for tokens, _ in pace) / sum(seconds for _, seconds in pace)
+    shuffled = None
     for step in run.steps(steps):           # 1, 2, .. steps; a resumed run goes on where it stopped
         began = time.perf_counter()
         epoch, position = divmod(step - 1, epoch_steps)
-        shuffled = order(args.seed, epoch, len(examples))
+        if position == 0 or shuffled is None:
+            shuffled = order(args.seed, epoch, len(examples))
         chosen = shuffled[position * args.batch_size:(position + 1) * args.batch_size]
         batch = [examples[i] for i in chosen]
         loss, seen = backward(model, batch, args.micro_batch_size)
@@ -410,9 +406,10 @@ def train(args, method, run):
                                tokens_per_second=speed(pace[-args.log_every:]),
                                peak_memory_mb=peak_memory_mb(device)))
         if held_out and (step % (args.eval_every or epoch_steps) == 0 or step == steps):
-            validate(model, held_out, step, batch, summary, out, record)
+            validate(model, held_out, step, summary, out, record)
         if step == steps or run.signal or (args.save_steps and step % args.save_steps == 0):
-            save(model, step, batch, out / "adapter", record)
+            check_finite(model, step, mean_loss(nll(model, batch)), batch=batch)    # a step may lead anywhere
+            checkpoint.save_adapter(out / "adapter", model, record | {"step": step})
             if args.save_steps or run.signal:       # SIGINT, SIGTERM: the run ends in this line
                 run.save(model, optimizer, summary=summary, seconds=time.perf_counter() - started,
                          pace=[[sum(column) for column in zip(*pace)]])

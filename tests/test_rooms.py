@@ -6,7 +6,7 @@ from conftest import ROOT
 
 import checkpoint
 
-OURS = {"train", "evaluate", "data", "checkpoint", "model", "presets", "distributed"}
+OURS = {"train", "evaluate", "data", "checkpoint", "model", "presets", "distributed", "runs"}
 MAY = {
     "train.py": OURS - {"train"},
     "evaluate.py": {"data", "checkpoint", "model"},
@@ -15,6 +15,7 @@ MAY = {
     "checkpoint.py": {"model"},
     "model.py": set(),
     "presets.py": set(),
+    "runs.py": {"checkpoint"},
 }
 TASK_FILES = [file for file in sorted((ROOT / "data").glob("*.py"))
               if "\nTASKS = " in file.read_text(encoding="utf-8")]
