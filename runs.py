@@ -1,6 +1,6 @@
 """
-The directory of a run: a name that one process claims, whose args.json it keeps locked while it is at work; and
-resume/, the last two states that a stopped run can go on from, each a directory named after its step:
+The directory of a run: a name that one process claims, whose args.json it keeps locked while it is at work;
+and resume/, the last two states that a stopped run can go on from, each a directory named after its step:
 
     state.safetensors   adapter, optimizer moments, torch's random generators, what layers hold beside tensors
     state.json          where each tensor belongs, and all that is no tensor
@@ -59,7 +59,7 @@ def alive(process):
 
 
 def clear(directory, name=None):
-    """Removes what dead processes left beside `name`, or any; an old version that nothing replaced comes back."""
+    """Removes what dead processes left beside `name`, or any; an old version without a new one comes back."""
     for left in Path(directory).iterdir() if os.name == "posix" else ():
         found = re.fullmatch(r"\.(.+)\.(part|old)-(\d+)", left.name)
         if not found or name not in (None, found[1]) or alive(int(found[3])):
@@ -102,7 +102,7 @@ def inputs(args, method, rows, sets):
 
 
 def compare(out, args, env):
-    """ValueError where a run was started with another flag, or from another file, than it is to go on with."""
+    """ValueError where a run was started with another flag, or from another file, than this command has."""
     was = checkpoint.read_json(out / "env.json")
     for then, now, dashes in ((checkpoint.read_json(out / "args.json"), vars(args), "--"),
                               (was.get("inputs", {}), env["inputs"], "")):
@@ -110,8 +110,9 @@ def compare(out, args, env):
             if key not in FREE and (key not in then or then[key] != value):
                 raise ValueError(f"{out}: cannot go on, it was started with {dashes}{key} {then.get(key)!r}, "
                                  f"and this command has {value!r}")
-    if other := [f"{key} {was.get(key)}" for key in ("torch", "threads", "device") if was.get(key) != env[key]]:
-        print(f"note: the run was started with {', '.join(other)}: it may round otherwise from here on")
+    if other := [key for key in ("torch", "threads", "device") if was.get(key) != env[key]]:
+        print("note: started with " + ", ".join(f"{key} {was.get(key)}, now {env[key]}" for key in other)
+              + ": it may round otherwise from here on")
 
 
 # ------------------------------------------------------------------------------------ states
@@ -168,7 +169,7 @@ def set_state(state, model, optimizer, method, device):
         raise ValueError("its tensors are not those of this model")
     parameters = dict(model.named_parameters())
     held = parameters | dict(model.named_buffers())
-    for name, t in state["adapter"].items():        # not copied into what is there: that may have other strides
+    for name, t in state["adapter"].items():        # no copy into what is there, whose strides may be others
         held[name].data = t
     for name, kept in state["layers"].items():
         vars(model.get_submodule(name)).update(kept)
@@ -246,7 +247,8 @@ class Run:
     def leave(self, number):
         words = "nothing was written"
         if self.held:
-            done = f"after step {int(found[-1].name)}" if (found := states(self.out)) else "from its first step"
+            found = states(self.out)
+            done = f"after step {int(found[-1].name)}" if found else "from its first step"
             words = f"the same command with --resume --out_dir {self.out} goes on {done}"
         os.write(2, f"\nstopped by {signal.Signals(number).name}: {words}\n".encode())
         sys.exit(128 + number)
@@ -283,8 +285,8 @@ class Run:
 
     def claim(self, name, env):
         """
-        The directory, this process's from here on: it appears locked, with args.json and env.json in it, or is
-        the one to go on in. Without --out_dir it is runs/<name>, with -2, -3 at its end if that is taken.
+        The directory, this process's from here on: it appears locked, with args.json and env.json in it, or
+        is the one to go on in. Without --out_dir it is runs/<name>, or <name>-2, -3 if that is taken.
         """
         base, count, old = self.out or Path("runs", name), 1, None
         base.parent.mkdir(parents=True, exist_ok=True)
@@ -327,7 +329,7 @@ class Run:
         return digest(self.out / "args.json", self.out / "env.json")
 
     def save(self, model, optimizer, **more):
-        """Keeps the state after this step, and the one before; where a signal asked for it, the run ends here."""
+        """Keeps the state after this step, and the one before; if a signal asked for it, the run ends here."""
         device, tensors, best = next(model.parameters()).device, {}, self.out / "adapter-best"
         state = state_of(model, optimizer, device) | dict(more=more, run=self.id())
         with checkpoint.new_directory(self.out / "resume" / f"{self.step:08}") as part:
@@ -343,7 +345,7 @@ class Run:
             self.leave(self.signal)
 
     def load(self, model, optimizer, method):
-        """With --resume, puts the newest whole state back -> what save was given with it; {} where none is."""
+        """With --resume, puts the newest whole state back -> what save was given with it; {} without one."""
         if not self.args.resume:
             return {}
         more, best, device = {}, self.out / "adapter-best", next(model.parameters()).device

@@ -1,8 +1,8 @@
 """
 A run that was killed, interrupted or starved of disk goes on to the same bits; runs do not touch each other.
 
-The children are forked from one process that has torch loaded, which this file is when it runs as a program. By
-hand, with as many kills as wanted: KILLS=100 pytest tests/test_resume.py -k any_point
+The children are forked from one process that has torch loaded, which this file is when it runs as a program.
+By hand, with as many more kills of each method as wanted: KILLS=7 pytest tests/test_resume.py -k any_point
 """
 import json
 import os
@@ -23,12 +23,15 @@ import checkpoint
 
 METHODS = sorted(checkpoint.method_files())
 KILLS = int(os.environ.get("KILLS", 0))
-SMALL = ["--max_steps", "5", "--batch_size", "2", "--val_rows", "4", "--eval_every", "2", "--task", "rows.json",
-         "--eval_limit", "1", "--no-eval_before", "--targets", "q_proj,down_proj", "--rank", "4",
-         "--warmup_steps", "0"]
-OWN = {"glora": ["--reinit_every", "2s", "--dropout", "0.1"], "cps_lora": ["--reinit_at", "2", "--dropout", "0.1"],
-       "rosa": ["--reinit_every", "2s", "--dropout", "0.1"], "lora": ["--optimizer", "lion", "--dropout", "0.1"],
-       "spiel": ["--reselection_steps", "2", "--accumulation_steps", "1"], "pissa": ["--niter", "1"],
+SMALL = ["--max_steps", "5", "--batch_size", "2", "--val_rows", "4", "--eval_every", "2", "--rank", "4",
+         "--eval_limit", "1", "--no-eval_before", "--targets", "q_proj,down_proj", "--warmup_steps", "0",
+         "--task", "rows.json"]
+OWN = {"glora": ["--reinit_every", "2s", "--dropout", "0.1"],
+       "cps_lora": ["--reinit_at", "2", "--dropout", "0.1"],
+       "rosa": ["--reinit_every", "2s", "--dropout", "0.1"],
+       "lora": ["--optimizer", "lion", "--dropout", "0.1"],
+       "spiel": ["--reselection_steps", "2", "--accumulation_steps", "1"],
+       "pissa": ["--niter", "1"],
        "full": ["--targets", "all"]}
 
 
@@ -101,7 +104,7 @@ def serve():
 class Forks:
     def __init__(self, directory):
         self.directory, self.count = directory, 0
-        rows = [dict(instruction=f"{i} + {i} =", input="", output=f"{2 * i}") for i in range(11)]     # 6 to train on
+        rows = [dict(instruction=f"{i} + {i} =", input="", output=f"{2 * i}") for i in range(11)]
         (directory / "rows.json").write_text(json.dumps(rows))
         environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
         self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, env=environment,
