@@ -329,7 +329,7 @@ class Run:
         return digest(self.out / "args.json", self.out / "env.json")
 
     def save(self, model, optimizer, **more):
-        """Keeps the state after this step, and the one before; if a signal asked for it, the run ends here."""
+        """Keeps the state after this step, and the one before; where a signal asked for it, the run ends."""
         device, tensors, best = next(model.parameters()).device, {}, self.out / "adapter-best"
         state = state_of(model, optimizer, device) | dict(more=more, run=self.id())
         with checkpoint.new_directory(self.out / "resume" / f"{self.step:08}") as part:
