@@ -115,6 +115,7 @@ def add_update(base, x, update):
 
 class GLoRALinear(nn.Module):
     """y = x W_resᵀ + bias + x̃ (G + L)ᵀ, x̃ = dropout(x), for x (..., i) -> (..., o)."""
+    STATE = ("scores",)     # what a resumed run needs beside the saved tensors
 
     def __init__(self, base, r_g, r_l, dropout, own):
         super().__init__()

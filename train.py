@@ -11,6 +11,7 @@ import math
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 import checkpoint
 import presets
+import runs
 from data import tasks, text
 from evaluate import Parser, evaluate_sets, mean_loss, nll, shared_flags
 from model import targets_of
@@ -87,11 +89,12 @@ def add_flags(p, method):
     add("--eval_every", type=int, help="validation loss every N steps; none: every epoch, with --val_rows")
     add("--eval_before", action=flag, default=True, help="evaluate before training, too")
     add("--log_every", type=int, default=10)
-    add("--save_steps", type=int, help="save the adapter every N steps")
+    add("--save_steps", type=int, help="save the adapter, and what --resume goes on from, every N steps")
     add("--merge", action=flag, default=False, help="also write the merged model, a Hugging Face directory")
     add("--merge_dtype", choices=["float32", "bfloat16"], help="none: float32 on a CPU, else --dtype's")
     add("--out_dir", "--output_dir", help="none: runs/<task>-<method>-r<rank>-<time>")
     add("--overwrite", action=flag, default=False, help="replace the run that is in out_dir")
+    add("--resume", nargs="?", const=True, metavar="RUN", help="go on with a stopped run; none: in out_dir")
     shared_flags(p)
     add = p.add_argument_group(f"{Path(method.__file__).name}'s own").add_argument
     for name, (default, words, *choices) in method.DEFAULTS.items():        # words: the help
@@ -201,15 +204,17 @@ def backward(model, batch, micro_batch_size):
     return total.item(), sum(len(ids) for ids, _ in batch)
 
 
-def check_finite(model, step, loss, norm):
-    """RuntimeError that names the step and the tensor, before anything is stepped."""
-    if math.isfinite(loss) and math.isfinite(norm):
+def check_finite(model, step, loss, norm=None, batch=()):
+    """RuntimeError that names the step and what is not finite first: before it is taken, or is saved."""
+    if math.isfinite(loss) and math.isfinite(norm or 0.0):
         return
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    what = "gradient norm" if math.isfinite(loss) else "loss"
-    what = f"gradient of {bad[0]} ({len(bad)} in all)" if bad else what
-    raise RuntimeError(f"step {step}: loss {loss}, gradient norm {norm}; not finite: {what}. "
-                       "This step was not taken; what was saved is kept. Lower --lr?")
+    what = f"gradient of {bad[0]} ({len(bad)} in all)" if bad else "gradient norm"
+    if not math.isfinite(loss):             # then gradients are not, either: forward tells where it began
+        what = f"loss; first of all {runs.first_non_finite(model, batch)}" if batch else "loss"
+    when = f"loss {loss}, gradient norm {norm}" if norm is not None else f"loss after it {loss}"
+    raise RuntimeError(f"step {step}: {when}; not finite: {what}. "
+                       "Nothing of it was saved; what was saved before is kept. Lower --lr?")
 
 
 def peak_memory_mb(device):
@@ -225,18 +230,6 @@ def peak_memory_mb(device):
 
 
 # ------------------------------------------------------------------------------------ set-up
-
-def check_out(out, args):
-    """ValueError where the run's directory holds something that must not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "args.json").is_file():
-        raise ValueError(f"{out}: exists and holds something else than a run")
-    if not args.overwrite:
-        raise ValueError(f"{out}: holds another run; --overwrite replaces it")
-    if out.resolve() in Path(args.model).resolve().parents:
-        raise ValueError(f"{out}: holds the model {args.model}, which --overwrite would delete")
-
 
 def adapt(args, method, model):
     """Injects the method, and unfreezes a classifier's head -> what an adapter's file says of itself."""
@@ -291,6 +284,10 @@ def measure(when, args, model, tokenizer, task, sets, out):
     table = evaluate_sets(model, tokenizer, task, sets, name_file, rule=args.rule,
                           execute=args.allow_code_execution)
     found = {when: table.pop("main", {}), f"loss_{when}": table.pop("loss")["mean"]}
+    if not math.isfinite(found[f"loss_{when}"]):
+        examples = [text.example(tokenizer, row) for rows in sets.values() for row in rows]
+        raise RuntimeError(f"loss {when} training not finite; first of all "
+                           f"{runs.first_non_finite(model, examples)}")
     if "majority" in table:                     # the task's score has it where it means something
         found["majority"] = table.pop("majority")
     metrics = {tasks.metric_of(task, name) for name in sets}
@@ -312,6 +309,7 @@ def validate(model, examples, step, summary, out, record):
     """The validation loss, into the summary; the adapter with the least so far is kept as adapter-best."""
     last = summary["last"] = dict(step=step, loss_val=mean_loss(nll(model, examples)))
     tqdm.write(f"step {step:5}  validation loss {last['loss_val']:.4f}")
+    check_finite(model, step, last["loss_val"], batch=examples)
     if "best" not in summary or last["loss_val"] < summary["best"]["loss_val"]:
         summary["best"] = last
         checkpoint.save_adapter(out / "adapter-best", model, record | {"step": step})
@@ -319,9 +317,19 @@ def validate(model, examples, step, summary, out, record):
 
 def main(argv=None):
     args, method = parse(argv)
+    with runs.Run(args) as run:         # which listens to signals; its lock ends here
+        try:
+            train(args, method, run)
+        except torch.OutOfMemoryError:
+            print("out of memory; what to change, in this order: lower --micro_batch_size, lower --max_len, "
+                  "--checkpointing, --targets attention, lower --rank; where it was evaluated, lower "
+                  "BATCH_TOKENS in model.py", file=sys.stderr)
+            raise
+
+
+def train(args, method, run):
     try:        # all at which bad input can fail, before anything is written
-        if args.out_dir:
-            check_out(Path(args.out_dir), args)
+        run.check()
         task, args.task, names = tasks.find_task(args.task)
         sets, absent = tasks.test_rows(task, names, args.data, args.eval_limit)
         rows = tasks.train_rows(task, args.data, args.task, args.mix)[:args.train_rows]
@@ -344,20 +352,18 @@ def main(argv=None):
         clock = lambda: device.type == "cuda" and torch.cuda.synchronize(device) or time.perf_counter()
         began, record, injected = clock(), adapt(args, method, model), clock()
         optimizer = make_optimizer(method, args, [p for p in model.parameters() if p.requires_grad])
+        now = time.strftime("%Y%m%d-%H%M%S")
+        name = f"{Path(args.task).stem}-{Path(args.method).stem}-r{args.rank}-{now}"
+        out = run.claim(name, environment(device) | dict(inputs=runs.inputs(args, method, rows, sets)))
+        resumed = run.load(model, optimizer, method)        # {} unless --resume goes on from a saved state
     except (ValueError, OSError) as error:
         Parser(prog="train.py").error(error)    # one line, exit 2
-    name = f"{Path(args.task).stem}-{Path(args.method).stem}-r{args.rank}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = Path(args.out_dir or f"runs/{name}")
     trainable = describe(args, method, model, examples, cut, steps, epoch_steps)
-    if (out / "args.json").exists():        # --overwrite, see check_out
-        shutil.rmtree(out)
-    (out / "eval").mkdir(parents=True)
-    checkpoint.write_json(out / "args.json", vars(args))
-    checkpoint.write_json(out / "env.json", environment(device))
     summary = dict(task=args.task, method=args.method, rank=args.rank, trainable=trainable, steps=steps,
                    inject_seconds=injected - began, reinit_seconds=[])
-    started = time.perf_counter()
-    if args.eval_before:
+    summary |= resumed.get("summary", {})
+    started = time.perf_counter() - resumed.get("seconds", 0)
+    if args.eval_before and not resumed:
         summary |= measure("before", args, model, tokenizer, task, sets, out)
 
     model.checkpointing = args.checkpointing
@@ -367,22 +373,24 @@ def main(argv=None):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model.train()
-    bar = tqdm(total=steps, disable=None, desc="train")
-    pace = []                               # (tokens, seconds) of each step
+    bar = tqdm(total=steps, initial=run.step, disable=None, desc="train")
+    pace = resumed.get("pace", [])          # (tokens, seconds) of each step; of those before a resume, in one
     speed = lambda pace: sum(tokens for tokens, _ in pace) / sum(seconds for _, seconds in pace)
-    for step in range(1, steps + 1):
+    shuffled = None
+    for step in run.steps(steps):           # 1, 2, .. steps; a resumed run goes on where it stopped
         began = time.perf_counter()
         epoch, position = divmod(step - 1, epoch_steps)
-        if position == 0:
+        if position == 0 or shuffled is None:
             shuffled = order(args.seed, epoch, len(examples))
         chosen = shuffled[position * args.batch_size:(position + 1) * args.batch_size]
-        loss, seen = backward(model, [examples[i] for i in chosen], args.micro_batch_size)
+        batch = [examples[i] for i in chosen]
+        loss, seen = backward(model, batch, args.micro_batch_size)
         if hasattr(method, "observe"):
             method.observe(model, step, steps)
         # Collected anew every step: reinit may replace parameters in the optimizer's groups.
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        check_finite(model, step, loss, norm.item())
+        check_finite(model, step, loss, norm.item(), batch)
         if args.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(params, args.grad_clip, norm)
         factor = lr_at(step - 1, steps, args.warmup_steps, args.schedule)
@@ -407,11 +415,14 @@ def main(argv=None):
                                peak_memory_mb=peak_memory_mb(device)))
         if held_out and (step % (args.eval_every or epoch_steps) == 0 or step == steps):
             validate(model, held_out, step, summary, out, record)
-        if args.save_steps and step % args.save_steps == 0:
+        if step == steps or run.signal or (args.save_steps and step % args.save_steps == 0):
+            check_finite(model, step, mean_loss(nll(model, batch)), batch=batch)    # a step may lead anywhere
             checkpoint.save_adapter(out / "adapter", model, record | {"step": step})
+            if args.save_steps or run.signal:       # SIGINT, SIGTERM: the run ends in this line
+                run.save(model, optimizer, summary=summary, seconds=time.perf_counter() - started,
+                         pace=[[sum(column) for column in zip(*pace)]])
     bar.close()
 
-    checkpoint.save_adapter(out / "adapter", model, record | {"step": steps})
     summary |= measure("after", args, model, tokenizer, task, sets, out)
     if absent:
         summary["absent"] = absent

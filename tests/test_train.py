@@ -496,6 +496,88 @@ def observe(model, t, T):
     assert not (out / "summary.json").exists() and len(metrics(out)) == 2
 
 
+def test_what_a_last_step_leads_to_is_looked_at_before_it_is_saved(tmp_path, monkeypatch):
+    """The loss before a step says nothing of what the step did: it is computed once more, before a save."""
+    named = r"loss after it (nan|inf); not finite: loss; first of all the output of model\.layers\.\d"
+    with pytest.raises(RuntimeError, match=f"step 1: {named}"):
+        run(*FAST, "--max_steps", 1, "--lr", 1e20, "--no-eval_before", out=tmp_path / "a")
+    assert not (tmp_path / "a" / "summary.json").exists() and not (tmp_path / "a" / "adapter").exists()
+    at = train.lr_at
+    monkeypatch.setattr(train, "lr_at", lambda step, *rest: 1e20 if step == 2 else at(step, *rest))
+    with pytest.raises(RuntimeError, match=f"step 3: {named}"):
+        run(*FAST, "--max_steps", 9, "--save_steps", 1, "--no-eval_before", out=tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "adapter" / "adapter_config.json").read_text())["step"] == 2
+    assert [d.name for d in sorted((tmp_path / "b" / "resume").iterdir())] == ["00000001", "00000002"]
+
+
+def test_a_validation_without_a_finite_loss_ends_the_run_before_it_counts_as_the_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "mean_loss", lambda losses: math.nan)
+    with pytest.raises(RuntimeError, match="step 2: loss after it nan"):
+        run(*FAST, "--val_rows", 4, "--eval_every", 2, "--no-eval_before", out=tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter-best").exists()
+
+
+def test_an_evaluation_without_a_finite_loss_ends_the_run(tmp_path, monkeypatch):
+    """The batch that was looked at may hold what the evaluation's rows do not."""
+    monkeypatch.setattr(train, "check_finite", lambda *_, **kw: None)
+    with pytest.raises(RuntimeError, match="loss after training not finite; first of all the output of mod"):
+        run(*FAST, "--max_steps", 1, "--lr", 1e20, "--no-eval_before", out=tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_base_with_nan_is_named_and_not_what_it_reached(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    tensors = load_file(tiny / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    for method, name in (("lora", r"up_proj\.base\.weight"), ("full", r"up_proj\.weight")):
+        with pytest.raises(RuntimeError, match=rf"step 1: .*; first of all model\.layers\.1\.mlp\.{name}\."):
+            run("--method", method, *FAST, "--model", tmp_path / "model", "--preset", "tiny",
+                "--no-eval_before", out=tmp_path / method)
+        assert not (tmp_path / method / "adapter").exists()
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved(tiny, tmp_path):
+    model = injected(tiny).float()
+    record = dict(method="lora", targets=["q_proj", "down_proj"], rank=4)
+    checkpoint.save_adapter(tmp_path / "a", model, record)
+    held = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for value in (math.nan, math.inf):
+        model.model.layers[1].mlp.down_proj.lora_B.data[0, 0] = value
+        with pytest.raises(ValueError, match=r"not saved: model\.layers\.1\.mlp\.down_proj\.lora_B is not "):
+            checkpoint.save_adapter(tmp_path / "a", model, record)
+        again = load_file(tmp_path / "a" / "adapter_model.safetensors")
+        assert all(torch.equal(again[name], t) for name, t in held.items())
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, capsys):
+    def backward(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train, "backward", backward)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(*FAST, "--no-eval_before", out=tmp_path / "run")
+    said = capsys.readouterr().err
+    flags = ["--micro_batch_size", "--max_len", "--checkpointing", "--targets attention", "--rank",
+             "BATCH_TOKENS"]
+    assert sorted(flags, key=said.index) == flags
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Memory")[2]
+    assert sorted(flags, key=readme.index) == flags
+
+
+def test_without_an_exchange_of_names_a_directory_is_replaced_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.sys, "platform", "other")
+    for words in "12":
+        with checkpoint.new_directory(tmp_path / "a") as part:
+            (part / "x").write_text(words)
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "x"] and (tmp_path / "a" / "x").read_text() == "2"
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: 1 / 0 if "part" in path.name else rename(path, to))
+    with pytest.raises(ZeroDivisionError):
+        with checkpoint.new_directory(tmp_path / "a") as part:
+            (part / "x").write_text("3")
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "x"] and (tmp_path / "a" / "x").read_text() == "2"
+
+
 def test_compiled_blocks_are_compiled_anew_after_a_reinit(tmp_path, monkeypatch):
     """The new shapes would reach dynamo's limit of 8 recompilations, after which it falls back to eager."""
     calls = []
