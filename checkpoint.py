@@ -3,12 +3,10 @@ What lies on disk: a Hugging Face directory, which becomes a model; method files
 (adapter_model.safetensors + adapter_config.json); the merged model as a Hugging Face directory. A directory
 that is written appears under its name only when it is whole.
 """
-import ctypes
 import hashlib
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -21,13 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from config import build, own_labels, read_config
-from files import read_json
+from files import new_directory, read_json, write_json
 from model import CausalLM
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "data" / "tiny"       # the bundled model
 SHARD_BYTES = 5_000_000_000
-AT_FDCWD, RENAME_EXCHANGE = -100, 2     # Linux's own numbers
 
 
 # -------------------------------------------------------------------------------- Hugging Face directories
@@ -219,61 +216,6 @@ def load_method(name):
         if not hasattr(module, needed):
             raise ValueError(f"{file}: defines no {needed}, so it is not a method file")
     return module
-
-
-# -------------------------------------------------------------------------------- files
-
-def beside(path, kind="part"):
-    """A hidden name next to `path`, of this process; runs.clear knows it."""
-    return Path(path).with_name(f".{Path(path).name}.{kind}-{os.getpid()}")
-
-
-def sync(path):
-    """What was written to a file, or the names in a directory, are on the disk; Windows opens none."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def put(part, path):
-    """The directory `part` takes the place of `path`, and that of `part`: in one step where there is one."""
-    swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    if not path.exists():
-        part.rename(path)
-    elif not swap or swap(AT_FDCWD, os.fsencode(part), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE):
-        path.rename(old := beside(path, "old"))     # stopped here, runs.clear renames it back
-        part.rename(path)
-        old.rename(part)
-    sync(path.parent)
-
-
-@contextmanager
-def new_directory(path):
-    """Yields a directory to fill, which replaces `path` at the end; an exception leaves `path` as it was."""
-    path, part = Path(path), beside(path)
-    shutil.rmtree(part, ignore_errors=True)         # of a dead process that had this one's number
-    part.mkdir(parents=True)
-    try:
-        yield part
-        for file in (*part.rglob("*"), part):
-            sync(file)
-        put(part, path)
-    finally:
-        if not path.exists() and beside(path, "old").exists():
-            beside(path, "old").rename(path)
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def write_json(file, obj):
-    """The file is the old or the new one, whole, at every moment."""
-    part = beside(file)
-    try:
-        part.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
-        sync(part)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------- adapter

@@ -1,10 +1,18 @@
 """
-The JSON files that a person may edit: one table a kind of file (field -> type, range), which read_json
-checks, and the digest by which content is known again.
+Files: directories and JSON that are the old or the new one, whole, at every moment; the JSON that a person may
+edit, by one table a kind of file (field -> type, range), which read_json checks; and the digest by which content
+is known again.
 """
+import ctypes
 import hashlib
 import json
+import os
+import shutil
+import sys
+from contextlib import contextmanager
 from pathlib import Path
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2     # Linux's own numbers
 
 # A rule: what is expected, in words; whether a value is that. null stands for a field that is not there.
 
@@ -104,5 +112,61 @@ def digest(*parts, most=2**20):
             found.update(f"{part.name} {size}\0".encode())
             for start in dict.fromkeys((0, max(0, size - most))):
                 f.seek(start)
-                found.update(f.read(most))
+                while (left := start + most - f.tell()) > 0 and (chunk := f.read(min(left, 2**20))):
+                    found.update(chunk)
     return found.hexdigest()
+
+
+# -------------------------------------------------------------------------------- writing
+
+def beside(path, kind="part"):
+    """A hidden name next to `path`, of this process; runs.clear knows it."""
+    return Path(path).with_name(f".{Path(path).name}.{kind}-{os.getpid()}")
+
+
+def sync(path):
+    """What was written to a file, or the names in a directory, are on the disk; Windows opens none."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def put(part, path):
+    """The directory `part` takes the place of `path`, and that of `part`: in one step where there is one."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if not path.exists():
+        part.rename(path)
+    elif not swap or swap(AT_FDCWD, os.fsencode(part), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE):
+        path.rename(old := beside(path, "old"))     # stopped here, runs.clear renames it back
+        part.rename(path)
+        old.rename(part)
+    sync(path.parent)
+
+
+@contextmanager
+def new_directory(path):
+    """Yields a directory to fill, which replaces `path` at the end; an exception leaves `path` as it was."""
+    path, part = Path(path), beside(path)
+    shutil.rmtree(part, ignore_errors=True)         # of a dead process that had this one's number
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for file in (*part.rglob("*"), part):
+            sync(file)
+        put(part, path)
+    finally:
+        if not path.exists() and beside(path, "old").exists():
+            beside(path, "old").rename(path)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_json(file, obj):
+    """The file is the old or the new one, whole, at every moment."""
+    part = beside(file)
+    try:
+        part.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
+        sync(part)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)

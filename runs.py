@@ -6,7 +6,6 @@ and resume/, the last two states that a stopped run can go on from, each a direc
     state.json          where each tensor belongs, and all that is no tensor
     adapter-best        as it was then, where validation chose one
 """
-import hashlib
 import json
 import os
 import random
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+from files import beside, digest, new_directory, put, read_json, write_json
 
 try:
     import fcntl
@@ -30,7 +30,6 @@ except ImportError:         # Windows: no lock
     fcntl = None
 
 FREE = ("out_dir", "overwrite", "resume", "log_every", "save_steps")    # flags that may differ after a stop
-MIB = 2**20
 
 
 # ------------------------------------------------------------------------------------ whose a directory is
@@ -72,39 +71,19 @@ def clear(directory, name=None):
 
 # ------------------------------------------------------------------------------------ what a run depends on
 
-def digest(*parts):
-    """A hash of bytes and, by path, of whole files."""
-    total = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Path):
-            with open(part, "rb") as f:
-                while chunk := f.read(MIB):
-                    total.update(chunk)
-        else:
-            total.update(part)
-    return total.hexdigest()[:16]
-
-
 def inputs(args, method, rows, sets):
     """Hashes of the method's file, the rows, and the model's files: of weights the header and both ends."""
-    directory, parts = checkpoint.resolve(args.model), []
-    for name in ("config.json", *checkpoint.TEXT_FILES):
-        if (directory / name).exists():
-            parts += [name.encode(), directory / name]
-    for file in checkpoint.tensor_files(directory):
-        size = file.stat().st_size
-        with open(file, "rb") as f:
-            parts += [f"{file.name} {size}".encode(), f.read(int.from_bytes(f.read(8), "little") + MIB)]
-            f.seek(max(0, size - MIB))
-            parts.append(f.read())
+    directory = checkpoint.resolve(args.model)
+    texts = [directory / name for name in ("config.json", *checkpoint.TEXT_FILES)]
+    parts = [file for file in texts if file.exists()] + checkpoint.tensor_files(directory)
     return {"the method's file": digest(Path(method.__file__)), "the model's files": digest(*parts),
-            "the data's rows": digest(json.dumps([rows, sets], default=repr).encode())}
+            "the data's rows": digest(rows, sets)}
 
 
 def compare(out, args, env):
     """ValueError where a run was started with another flag, or from another file, than this command has."""
-    was = checkpoint.read_json(out / "env.json")
-    for then, now, dashes in ((checkpoint.read_json(out / "args.json"), vars(args), "--"),
+    was = read_json(out / "env.json")
+    for then, now, dashes in ((read_json(out / "args.json"), vars(args), "--"),
                               (was.get("inputs", {}), env["inputs"], "")):
         for key, value in json.loads(json.dumps(now)).items():
             if key not in FREE and (key not in then or then[key] != value):
@@ -192,13 +171,13 @@ def states(out):
 
 def seal(directory, record):
     """A hash of a whole state; record: what its state.json has beside it."""
-    return digest(directory / "state.safetensors", json.dumps(record).encode())
+    return digest(directory / "state.safetensors", record, most=2**63)
 
 
 def read_state(directory, run, device):
     """ValueError where a state is torn, or another run's."""
     try:
-        record = checkpoint.read_json(directory / "state.json")
+        record = read_json(directory / "state.json")
         if record.pop("seal", None) != seal(directory, record):
             raise ValueError(f"{directory}: torn, it is not as it was written")
         if record["run"] != run:
@@ -265,7 +244,7 @@ class Run:
             if not (self.out / "args.json").is_file():
                 raise ValueError(f"{self.out}: no run to go on with")
             summary = self.out / "summary.json"
-            if summary.exists() and (not args.merge or "merge" in checkpoint.read_json(summary)):
+            if summary.exists() and (not args.merge or "merge" in read_json(summary)):
                 raise ValueError(f"{self.out}: this run has ended")
             return lock(self.out).close()
         parent = next(p for p in (given or Path("runs", "new")).absolute().parents if p.exists())
@@ -297,15 +276,15 @@ class Run:
             (base / "resume").mkdir(exist_ok=True)
             clear(base), clear(base / "resume")
             return base
-        part = checkpoint.beside(base)
+        part = beside(base)
         (part / "eval").mkdir(parents=True)
         try:
-            checkpoint.write_json(part / "args.json", vars(self.args))
-            checkpoint.write_json(part / "env.json", env)
+            write_json(part / "args.json", vars(self.args))
+            write_json(part / "env.json", env)
             self.held = lock(part)
             if self.out and self.args.overwrite and (base / "args.json").exists():
                 old = lock(base)                        # so that no other process replaces it now
-                checkpoint.put(part, base)
+                put(part, base)
             while part.exists() and not old:
                 path = base if count == 1 else base.with_name(f"{base.name}-{count}")
                 try:
@@ -332,10 +311,10 @@ class Run:
         """Keeps the state after this step, and the one before; where a signal asked for it, the run ends."""
         device, tensors, best = next(model.parameters()).device, {}, self.out / "adapter-best"
         state = state_of(model, optimizer, device) | dict(more=more, run=self.id())
-        with checkpoint.new_directory(self.out / "resume" / f"{self.step:08}") as part:
+        with new_directory(self.out / "resume" / f"{self.step:08}") as part:
             record = pack(state, "", tensors)
             save_file(tensors, part / "state.safetensors")
-            checkpoint.write_json(part / "state.json", record | {"seal": seal(part, record)})
+            write_json(part / "state.json", record | {"seal": seal(part, record)})
             if best.exists():
                 shutil.copytree(best, part / best.name)
         kept = [d for d in states(self.out) if int(d.name) <= self.step][-2:]
@@ -381,24 +360,3 @@ class Run:
         self.looping = False
         if self.signal:             # it came when the last step was saved already
             self.leave(self.signal)
-
-
-@torch.no_grad()
-def first_non_finite(model, examples):
-    """What is not finite first when a model sees these examples: a tensor of a module, or its output."""
-    found = []
-
-    def look(name, module, output):
-        if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
-            own = [key for key, t in (*module.named_parameters(), *module.named_buffers())
-                   if not t.isfinite().all()]
-            found.append(f"{name}.{own[0]}" if own else f"the output of {name}")
-
-    hooks = [m.register_forward_hook(lambda module, _, output, name=name: look(name, module, output))
-             for name, m in model.named_modules() if name]
-    for example in examples:            # one at a time: no more memory than the failing batch had
-        if not found:
-            model.losses([example])
-    for hook in hooks:
-        hook.remove()
-    return found[0] if found else "the loss itself"

@@ -24,7 +24,8 @@ import presets
 import runs
 from data import tasks, text
 from evaluate import Parser, evaluate_sets, mean_loss, nll, shared_flags
-from model import targets_of
+from files import write_json
+from model import first_non_finite, targets_of
 
 # ------------------------------------------------------------------------------------ command line
 
@@ -211,7 +212,7 @@ def check_finite(model, step, loss, norm=None, batch=()):
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     what = f"gradient of {bad[0]} ({len(bad)} in all)" if bad else "gradient norm"
     if not math.isfinite(loss):             # then gradients are not, either: forward tells where it began
-        what = f"loss; first of all {runs.first_non_finite(model, batch)}" if batch else "loss"
+        what = f"loss; first of all the output of {first_non_finite(model, batch)}" if batch else "loss"
     when = f"loss {loss}, gradient norm {norm}" if norm is not None else f"loss after it {loss}"
     raise RuntimeError(f"step {step}: {when}; not finite: {what}. "
                        "Nothing of it was saved; what was saved before is kept. Lower --lr?")
@@ -286,8 +287,8 @@ def measure(when, args, model, tokenizer, task, sets, out):
     found = {when: table.pop("main", {}), f"loss_{when}": table.pop("loss")["mean"]}
     if not math.isfinite(found[f"loss_{when}"]):
         examples = [text.example(tokenizer, row) for rows in sets.values() for row in rows]
-        raise RuntimeError(f"loss {when} training not finite; first of all "
-                           f"{runs.first_non_finite(model, examples)}")
+        raise RuntimeError(f"loss {when} training not finite; first of all the output of "
+                           f"{first_non_finite(model, examples)}")
     if "majority" in table:                     # the task's score has it where it means something
         found["majority"] = table.pop("majority")
     metrics = {tasks.metric_of(task, name) for name in sets}
@@ -323,7 +324,7 @@ def main(argv=None):
         except torch.OutOfMemoryError:
             print("out of memory; what to change, in this order: lower --micro_batch_size, lower --max_len, "
                   "--checkpointing, --targets attention, lower --rank; where it was evaluated, lower "
-                  "BATCH_TOKENS in model.py", file=sys.stderr)
+                  "BATCH_TOKENS in decode.py", file=sys.stderr)
             raise
 
 
@@ -428,13 +429,13 @@ def train(args, method, run):
         summary["absent"] = absent
         print(f"not found: {tasks.missing(task, absent)}; the mean is over the others")
     summary |= dict(tokens_per_second=speed(pace), seconds=time.perf_counter() - started)
-    checkpoint.write_json(out / "summary.json", summary)
+    write_json(out / "summary.json", summary)
     if args.merge:
         dtype = torch.float32 if device.type == "cpu" else dtype
         dtype = getattr(torch, args.merge_dtype) if args.merge_dtype else dtype
         summary["merge"] = checkpoint.merge(method, model, args.model, dtype, examples[:8])
         checkpoint.save_merged(out / "merged", model, args.model)
-        checkpoint.write_json(out / "summary.json", summary)
+        write_json(out / "summary.json", summary)
     plot(out)
     shown = [f"{summary[when]['mean']:.1%}" if summary[when] else "not scored"
              for when in ("before", "after") if when in summary]
