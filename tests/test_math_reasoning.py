@@ -140,6 +140,7 @@ def test_aqua_has_choices_and_a_majority(tmp_path):
 
 @pytest.mark.parametrize("name, answer, message", [
     ("SVAMP", "a", "SVAMP, test row 2: answer 'a', expected a number"), ("SVAMP", None, "answer None"),
+    ("SVAMP", "9" * 400, "expected a number"), ("SVAMP", True, "answer True"), ("AQuA", ["A"], "answer"),
     ("AQuA", "F", "answer 'F', expected a letter A - E")])
 def test_a_bad_answer_is_named(name, answer, message, tmp_path):
     good = "B" if name == "AQuA" else "1"
