@@ -14,8 +14,8 @@ with our process, and at the end are killed and reaped. Started by root, the pro
 read every file. Where namespace() holds, bubblewrap gives each its own: no other process, no network, nothing
 to write but 64 MB in memory; this holds for a program that takes the hook apart, too.
 Not covered: attacks on the kernel, or on CPython by what the judge reads; tests that hand over a function;
-without bubblewrap, many small files, and taking the hook apart (it is Python in the program's own process):
-no security boundary. Linux; macOS as an ordinary user, without the limit on memory and the end with ours.
+without bubblewrap, many small files and taking the hook apart, as it is Python: then no security boundary.
+Linux; macOS as an ordinary user, without the limit on memory and the end with ours.
 """
 import builtins
 import contextlib
@@ -40,14 +40,13 @@ FORBIDDEN = ("os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "os
              "ctypes.", "fcntl.", "sqlite3.", "resource.prlimit", "syslog.")
 WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.utime")
 # What hooks do not see: functions of os; modules, the last three since they run code where no hook is.
-UNSEEN = ("mkfifo mknod pidfd_open memfd_create setpriority sched_setaffinity sched_setscheduler".split(), (
-    "readline _ssl _tkinter _posixshmem _multiprocessing _dbm _gdbm _testcapi _xxsubinterpreters "
-    "_interpreters").split())
+UNSEEN = ("mkfifo mknod pidfd_open memfd_create setpriority sched_setaffinity sched_setscheduler",
+          "readline _ssl _tkinter _posixshmem _multiprocessing _dbm _gdbm "
+          "_testcapi _xxsubinterpreters _interpreters")
 KINDS = (       # what crosses beyond marshal's types: a type, as what, what the other side makes of that
-    (Fraction, str, Fraction), (Decimal, str, Decimal), (deque, list, deque),
-    (range, lambda x: (x.start, x.stop, x.step), lambda x: range(*x)),
-    (abc.KeysView, dict.fromkeys, dict.keys), (abc.ItemsView, dict, dict.items),
-    (abc.ValuesView, lambda x: dict(enumerate(x)), dict.values), (abc.Iterable, list, iter))
+    (range, lambda x: (x.start, x.stop, x.step), lambda x: range(*x)), (abc.ItemsView, dict, dict.items),
+    (abc.ValuesView, lambda x: dict(enumerate(x)), dict.values), (abc.KeysView, dict.fromkeys, dict.keys),
+    (Fraction, str, Fraction), (Decimal, str, Decimal), (deque, list, deque), (abc.Iterable, list, iter))
 
 
 def run(program, tests, names, timeout=20.0):
@@ -89,22 +88,20 @@ def started(role, pipe, folder, timeout):
 
 def walls(folder):
     """bwrap before a command. Root goes without a namespace of users, in which it could become no other."""
-    own = "--unshare-all" if os.getuid() else (
-        "--unshare-ipc --unshare-pid --unshare-net --unshare-uts "
-        "--cap-add CAP_SETUID --cap-add CAP_SETGID --cap-add CAP_DAC_READ_SEARCH")
-    return (f"{BWRAP} --cap-drop ALL {own} --as-pid-1 --die-with-parent --new-session --ro-bind / / --dev /dev "
-            "--remount-ro /dev --tmpfs /proc --remount-ro /proc --tmpfs /run --remount-ro /run --perms 0777 "
-            f"--size {64 << 20} --tmpfs").split() + [folder, "--chdir", folder]     # /run: services' sockets
+    own = "all" if os.getuid() else ("ipc --unshare-pid --unshare-net --unshare-uts --cap-add CAP_SETUID "
+                                     "--cap-add CAP_SETGID --cap-add CAP_DAC_READ_SEARCH")
+    return (f"{BWRAP} --cap-drop ALL --unshare-{own} --as-pid-1 --die-with-parent --new-session "
+            "--ro-bind / / --dev /dev --remount-ro /dev --tmpfs /proc --remount-ro /proc --tmpfs /run "
+            f"--remount-ro /run --perms 0777 --size {64 << 20} --tmpfs").split() + [folder, "--chdir", folder]
 
 
 @functools.cache
 def can_change_user(walls=lambda folder: []):
-    """Whether a trial start succeeds: an interpreter (behind walls) leaves root, and writes where it is."""
-    trial = f"import os; os.getuid() or (os.setgroups([]), os.setuid({NOBODY})); open('x', 'w')"
+    """Whether a trial start succeeds: an interpreter, behind the walls if any, that ceases to be root."""
+    trial = f"import os; os.getuid() or (os.setgroups([]), os.setuid({NOBODY}))"
     with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o777)
         command = [*walls(folder), sys.executable, "-I", "-c", trial]
-        return subprocess.run(command, cwd=folder, stderr=subprocess.DEVNULL).returncode == 0
+        return subprocess.call(command, stderr=subprocess.DEVNULL) == 0
 
 
 def namespace():
@@ -112,10 +109,7 @@ def namespace():
 
 
 def plain(value, kept=None):
-    """
-    value in marshal's types, a subclass as its base; KINDS as (..., number, what); functions, if they can be
-    kept, as (..., -1, place); other objects as `...`, which equals nothing, or False.
-    """
+    """As marshal's types; KINDS as (..., number, what), functions (..., -1, place), the rest `...` or False."""
     value = value.tolist() if hasattr(value, "tolist") else value   # NumPy's
     if isinstance(value, dict):
         return {plain(key, kept): plain(item, kept) for key, item in value.items()}
@@ -127,7 +121,7 @@ def plain(value, kept=None):
             return ..., number, plain(to(value), kept)
     if kept is not None and callable(value):
         return ..., -1, kept.append(value) or len(kept) - 1
-    return value if value is None else bool(value) and ...
+    return value if value is None else bool(value) and ...          # `...` equals nothing
 
 
 def restored(value, call=None):
@@ -171,10 +165,9 @@ def judge(pipe):
             mine.clear(), (mine.extend if isinstance(mine, list) else mine.update)(restored(now, call))
         return restored(value, call)
 
-    try:
+    try:        # MBPP 596 tests with sys
         call(0, program)
-        reach = {name: functools.partial(call, name) for name in names}
-        exec(compile(tests, "tests", "exec"), {"sys": sys} | reach)     # MBPP 596 tests with sys
+        exec(compile(tests, "tests", "exec"), {"sys": sys} | {n: functools.partial(call, n) for n in names})
         os.write(1, nonce)
     except BaseException as error:
         os.write(1, f"{type(error).__name__}: {error}"[:300].encode(errors="replace"))
@@ -185,9 +178,9 @@ def execute(pipe):
     folder, module = os.getcwd(), type(sys)("program")
     kept = [lambda source: exec(compile(source, "program", "exec"), vars(module))]
     own = os.path.realpath(os.path.dirname(os.__file__)) + "/lib-dynload/"
-    for name in UNSEEN[0]:
+    for name in UNSEEN[0].split():
         vars(os).pop(name, None), vars(sys.modules["posix"]).pop(name, None)
-    sys.modules |= dict.fromkeys(UNSEEN[1]) | {"program": module}
+    sys.modules |= dict.fromkeys(UNSEEN[1].split()) | {"program": module}
 
     def forbid(event, args):
         what = event if event.startswith(FORBIDDEN) else None
@@ -205,8 +198,7 @@ def execute(pipe):
                 if path.startswith("/proc/") or outside and (writing or os.path.isdir(path)):
                     what = f"{event} {path}"
         if what:
-            pipe.send_bytes(marshal.dumps(("PermissionError", f"forbidden: {what}", {})))
-            os._exit(1)
+            pipe.send_bytes(marshal.dumps(("PermissionError", f"forbidden: {what}", {}))), os._exit(1)
 
     sys.addaudithook(forbid)
     while True:
