@@ -109,7 +109,7 @@ def namespace():
 
 
 def plain(value, kept=None):
-    """As marshal's types; KINDS as (..., number, what), functions (..., -1, place), the rest `...` or False."""
+    """As marshal's types; KINDS as (..., number, what), functions (..., -1, place), else `...` or False."""
     value = value.tolist() if hasattr(value, "tolist") else value   # NumPy's
     if isinstance(value, dict):
         return {plain(key, kept): plain(item, kept) for key, item in value.items()}
