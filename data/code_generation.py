@@ -16,9 +16,13 @@ hf.co/datasets/ise-uiuc/Magicoder-Evol-Instruct-110K. Under --data: code/NAME, o
 HumanEval's signature and docstring open the response, their last newline included; MBPP's instruction shows
 the first test. HumanEval+ has one test, task 32's, that no solution passes: it is broken upstream.
 Metric: pass@k, the unbiased estimate of Chen et al. 2021 from n samples.
-Runs the code: --allow_code_execution.
+Runs the code: --allow_code_execution. For EvalPlus's own harness, which wants every problem of a set:
+python -m data.code_generation humaneval OUT/humaneval.jsonl samples.jsonl DATA
 """
+import argparse
+import functools
 import inspect
+import json
 import math
 import os
 import re
@@ -105,9 +109,17 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
+@functools.cache        # once
+def say_how(namespace):
+    print("generated code runs in namespaces of its own (bubblewrap)" if namespace else
+          "generated code runs without bubblewrap, under limits and a hook that hostile code can take apart: "
+          "see data/sandbox.py")
+
+
 def score(outputs, rows, rule="strict"):
     """Runs every sample; a problem has as many as there are rows of its task_id."""
     from data import sandbox  # here, since it needs a Unix
+    say_how(sandbox.namespace())
     run = lambda output, row: sandbox.run(program(output, row), row["tests"], row["names"], TIMEOUT)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(cores) as pool:
@@ -119,3 +131,35 @@ def score(outputs, rows, rule="strict"):
     estimates = {f"pass@{k}": sum(pass_at_k(len(p), sum(p), k) for p in problems.values()) / len(problems)
                  for k in (1, 5, 10, 50, 100) if k <= least}
     return dict(**estimates, extracted=said, correct=[result == "passed" for result in said])
+
+
+def samples(task, file, directory):
+    """
+    Outputs that evaluate.py left in `file` as EvalPlus's samples: task_id, and as solution the whole program.
+    ValueError for an output to no prompt of the task.
+    """
+    problems, found = rows(directory, task, "test"), []
+    head, tail = os.path.split(file)
+    for number, line in enumerate(read(head, [tail], ("prompt", "output")), 1):
+        asked = [row for row in problems
+                 if row["instruction"] in line["prompt"] and line["prompt"].endswith(row["prefix"])]
+        if not asked:
+            raise ValueError(f"{file}: row {number} has another prompt than those of {task} in {directory}")
+        row = max(asked, key=lambda row: len(row["instruction"]))       # one may begin as another
+        name = row["task_id"] if isinstance(row["task_id"], str) else f"Mbpp/{row['task_id']}"
+        found.append(dict(task_id=name, solution=program(line["output"], row)))
+    return found
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(prog="python -m data.code_generation", description=samples.__doc__)
+    p.add_argument("task", choices=list(TASKS))
+    for name in ("outputs", "samples", "data"):
+        p.add_argument(name)
+    args = p.parse_args()
+    try:
+        lines = [json.dumps(line) + "\n" for line in samples(args.task, args.outputs, args.data)]
+        with open(args.samples, "w", encoding="utf-8") as f:
+            f.writelines(lines)
+    except (ValueError, OSError) as error:
+        p.error(error)

@@ -2,12 +2,16 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 import train
 from data import code_generation as task
 from data import sandbox
+from data.text import shown
 
 PROBLEM = {"task_id": "T/0", "entry_point": "add", "canonical_solution": "    return a + b\n",
            "prompt": 'import math\n\n\ndef add(a: int,\n        b: int) -> int:\n'
@@ -101,6 +105,46 @@ def test_scoring_runs_the_programs():
     assert task.score(["    return a - b", "def add(a, b): return 3"], rows)["correct"] == [False, False]
 
 
+def test_the_way_in_which_programs_run_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(sandbox, "run", lambda *_: "passed")
+    for works, said in ((True, "generated code runs in namespaces of its own (bubblewrap)\n"),
+                        (False, "generated code runs without bubblewrap, under limits and a hook that "
+                                "hostile code can take apart: see data/sandbox.py\n")):
+        monkeypatch.setattr(sandbox, "namespace", lambda works=works: works)
+        task.say_how.cache_clear()
+        task.score(["x"], [task.humaneval(PROBLEM)])
+        task.score(["x"], [task.mbpp(SANITIZED)])
+        assert capsys.readouterr().out == said
+    task.say_how.cache_clear()
+
+
+def test_outputs_on_disk_become_the_samples_of_evalplus(tmp_path):
+    rows = [dict(PROBLEM), dict(PROBLEM, task_id="T/1", entry_point="sub",
+                                prompt=PROBLEM["prompt"].replace("def add", "def sub"))]
+    (tmp_path / "humaneval.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    other = dict(SANITIZED, task_id=12, test_list=["assert add(1, 2) == 3 and add"])    # begins as the first
+    (tmp_path / "mbpp_sanitized.json").write_text(json.dumps([SANITIZED, other]))
+    for name, outputs in (("humaneval", ["    return a\nx", "    return b", "    c", ""]),
+                          ("mbpp", ["```python\nx\n```", "y\nassert z", "", "w"])):
+        asked = [row for row in task.rows(tmp_path, name, "test") for _ in range(2)]
+        lines = [dict(row=i, prompt=shown(row), output=output)
+                 for i, (row, output) in enumerate(zip(asked, outputs))]
+        (tmp_path / "out").mkdir(exist_ok=True)
+        file = tmp_path / "out" / f"{name}.jsonl"
+        file.write_text("\n".join(map(json.dumps, lines)))
+        subprocess.run([sys.executable, "-m", "data.code_generation", name, file, tmp_path / "samples.jsonl",
+                        tmp_path], check=True, cwd=ROOT)
+        found = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+        ids = ["T/0", "T/0", "T/1", "T/1"] if name == "humaneval" else ["Mbpp/11"] * 2 + ["Mbpp/12"] * 2
+        assert found == [dict(task_id=i, solution=task.program(output, row))
+                         for i, output, row in zip(ids, outputs, asked)]
+    assert [line["solution"] for line in found] == ["x\n", "y", "", "w"]
+    command = [sys.executable, "-m", "data.code_generation", "humaneval", file, tmp_path / "x", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and not (tmp_path / "x").exists()
+    assert "mbpp.jsonl: row 1 has another prompt than those of humaneval in" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("name, text, count", [
     ("code/codealpaca_20k.json", json.dumps([dict(instruction="a", input="", output="b")] * 3), 3),
     ("code_alpaca_20k.json", json.dumps([dict(instruction="a", input="", output="b")]), 1),
@@ -135,6 +179,15 @@ def test_the_shared_files(shared_data):
         for row in task.rows(shared_data, name, "test"):
             kept, whole = task.program(row["output"], row), row["prefix"] + row["output"]
             assert kept.rstrip() == whole.rstrip(), (name, row["task_id"])
+
+
+@pytest.mark.parametrize("name", task.TASKS)
+def test_every_prompt_of_the_shared_files_is_told_from_the_others(name, shared_data, tmp_path):
+    rows = task.rows(shared_data, name, "test")
+    lines = [json.dumps(dict(row=i, prompt=shown(row), output="")) for i, row in enumerate(rows)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    found = [line["task_id"] for line in task.samples(name, tmp_path / "x.jsonl", shared_data)]
+    assert found == [f"Mbpp/{row['task_id']}" if name == "mbpp" else row["task_id"] for row in rows]
 
 
 def test_training_on_code_scores_only_where_that_is_allowed(tmp_path, tiny, capsys):
