@@ -57,7 +57,7 @@ class SparseProduct(torch.autograd.Function):
 
 class SpIELLinear(nn.Module):
     """y = x (W + Δ)ᵀ + bias, for x (..., in) -> (..., out)."""
-    STATE = ("candidates", "seen", "gathering", "age")      # of a resumed run, beside the saved tensors
+    STATE = ("candidates", "seen", "gathering", "age")  # what a resumed run needs beside tensors
 
     def __init__(self, base, count, schedule):
         super().__init__()
