@@ -139,8 +139,9 @@ def expand(A, B, rows, columns, k):
     """
     each = torch.arange(k, device=A.device)
     A = A * (rows == each[:, None])[:, None]                            # (n, R, i), R = (j, p)
-    B = B.unflatten(1, (k, 1, -1)) * (columns[:, None] == each)[:, None, :, None]   # (o, n, j, p)
-    return A.flatten(0, 1), B.flatten(1)
+    # (n, j, p, o): laid out along o, for a CPU's products are faster so, the backward's above all.
+    B = B.T.contiguous().unflatten(0, (k, 1, -1)) * (columns == each[:, None])[:, None]
+    return A.flatten(0, 1), B.flatten(0, 2).T
 
 
 def add_update(base, x, update):
