@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import trainable
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cps_lora as cps
 import gralora
@@ -361,6 +362,28 @@ def test_the_reference_reaches_the_clustering():
         found[reference] = torch.cat((model[0].lora_rows, model[0].lora_columns))
         assert torch.equal(found[reference], want)
     assert not torch.equal(found["mean"], found["longest"]) and not torch.equal(found["mean"], found["first"])
+
+
+class Products(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_stages_that_have_ended_cost_products_of_their_own():
+    """x Wᵀ, the live x Aᵀ and its B, however many stages there were; of those that ended two together."""
+    model, optimizer, _ = trained()
+    for want in (3, 5, 5):
+        nn.init.normal_(model[0].lora_B)
+        with Products() as products:
+            products.count = 0
+            model(torch.randn(3, 24).double())
+        assert products.count == want
+        cps.reinit(model, optimizer)
+
+
+def test_the_expanded_b_is_laid_out_along_the_outputs():
+    assert layer(**UNEQUAL).expanded()[1].T.is_contiguous()
 
 
 def test_a_failed_clustering_leaves_the_stage_as_it_was(monkeypatch):
