@@ -57,8 +57,9 @@ def expand(A, B, rows, columns, k):
     """
     each = torch.arange(k, device=A.device)
     A = A * (rows == each[:, None])[:, None]                            # (n, R, i), R = (j, p)
-    B = B.unflatten(1, (k, 1, -1)) * (columns[:, None] == each)[:, None, :, None]   # (o, n, j, p)
-    return A.flatten(0, 1), B.flatten(1)
+    # (n, j, p, o): laid out along o, for a CPU's products are faster so, the backward's above all.
+    B = B.T.contiguous().unflatten(0, (k, 1, -1)) * (columns == each[:, None])[:, None]
+    return A.flatten(0, 1), B.flatten(0, 2).T
 
 
 def add_update(base, x, update):
@@ -87,11 +88,11 @@ class GraLoRALinear(nn.Module):
             nn.init.kaiming_uniform_(self.lora_A_general, a=math.sqrt(5))
 
     def forward(self, x):
-        k, A, B = self.k, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        x_ = self.dropout(x)
+        k, A, x_ = self.k, self.lora_A.to(x.dtype), self.dropout(x)
+        B = self.lora_B.T.to(x.dtype).contiguous()      # (R, o): as in expand, for speed
         z = torch.einsum("...ni,rni->...nr", x_.unflatten(-1, (k, -1)), A.unflatten(1, (k, -1)))
         z = z.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)      # (..., n, R) -> (..., j, R)
-        z = torch.einsum("...jr,jor->...jo", self.scaling * z, B.unflatten(0, (k, -1)))
+        z = torch.einsum("...jr,rjo->...jo", self.scaling * z, B.unflatten(1, (k, -1)))
         update = z.flatten(-2)                                          # (..., o)
         if hasattr(self, "lora_A_general"):
             z = F.linear(x_, self.lora_A_general.to(x.dtype))           # (..., h)

@@ -62,7 +62,8 @@ class PiSSALinear(nn.Module):
     def forward(self, x):
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         h = self.scaling * F.linear(self.dropout(x), A)         # (..., r), scaled where narrow
-        return add_update(self.base, x, F.linear(h, B))
+        # Bᵀ is copied row by row: a CPU is slow where a thin factor lies along its rank.
+        return add_update(self.base, x, h @ B.T.contiguous())
 
     def delta(self):
         return self.scaling * self.lora_B @ self.lora_A         # (out, in)

@@ -76,7 +76,8 @@ class RoSALinear(nn.Module):
 
     def forward(self, x):
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return add_update(self.base, x, F.linear(F.linear(self.dropout(x), A), B))
+        # Bᵀ is copied row by row: a CPU is slow where a thin factor lies along its rank.
+        return add_update(self.base, x, F.linear(self.dropout(x), A) @ B.T.contiguous())
 
     def delta(self):
         return self.lora_B @ self.lora_A                        # (out, in)

@@ -365,6 +365,28 @@ def test_the_reference_reaches_the_clustering():
     assert not torch.equal(found["mean"], found["longest"]) and not torch.equal(found["mean"], found["first"])
 
 
+class Products(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_stages_that_have_ended_cost_products_of_their_own():
+    """x Wᵀ, the live x Aᵀ and its B, however many stages there were; of those that ended two together."""
+    model, optimizer, _ = trained()
+    for want in (3, 5, 5):
+        nn.init.normal_(model[0].lora_B)
+        with Products() as products:
+            products.count = 0
+            model(torch.randn(3, 24).double())
+        assert products.count == want
+        cps.reinit(model, optimizer)
+
+
+def test_the_expanded_b_is_laid_out_along_the_outputs():
+    assert layer(**UNEQUAL).expanded()[1].T.is_contiguous()
+
+
 def test_a_failed_clustering_leaves_the_stage_as_it_was(monkeypatch):
     model, optimizer, W = trained()
     monkeypatch.setattr(cps, "cluster", lambda *a: 1 / 0)

@@ -209,6 +209,14 @@ def test_section_3_3_an_outlier_channel_reaches_only_the_k_blocks_that_see_it():
         assert after > 5 * before if block % k == 1 else after == pytest.approx(before)
 
 
+def test_what_backward_keeps_of_b_is_laid_out_along_the_outputs():
+    ours, kept = layer(2), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ours(torch.randn(5, 24).double())
+    B, = (t for t in kept if sorted(t.shape) == [2, 4, 18])             # j, R, o/k
+    assert B.stride(B.shape.index(18)) == 1
+
+
 def test_one_dropout_mask_for_both_parts():
     ours, x = layer(2, 2, dropout=0.5), torch.randn(40, 24).double()
     torch.manual_seed(1)
