@@ -1,7 +1,7 @@
 """
-Files: directories and JSON that are the old or the new one, whole, at every moment; the JSON that a person may
-edit, by one table a kind of file (field -> type, range), which read_json checks; and the digest by which content
-is known again.
+Files: JSON that a person may edit, by one table a kind of file (field -> type, range), which read_json checks;
+the digest by which content is known again; directories and JSON that are the old or the new one, whole, at every
+moment.
 """
 import ctypes
 import hashlib
