@@ -1,7 +1,6 @@
 """
-Files: JSON that a person may edit, by one table a kind of file (field -> type, range), which read_json checks;
-the digest by which content is known again; directories and JSON that are the old or the new one, whole, at every
-moment.
+Files: JSON that a person may edit, by one table a kind of file (field -> type, range) that read_json checks;
+the digest by which content is known again; directories and JSON that at every moment are the old or the new.
 """
 import ctypes
 import hashlib

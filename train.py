@@ -205,17 +205,16 @@ def backward(model, batch, micro_batch_size):
     return total.item(), sum(len(ids) for ids, _ in batch)
 
 
-def check_finite(model, step, loss, norm=None, batch=()):
-    """RuntimeError that names the step and what is not finite first: before it is taken, or is saved."""
-    if math.isfinite(loss) and math.isfinite(norm or 0.0):
+def check_finite(model, step, loss, norm, batch):
+    """RuntimeError that names the step and what is not finite, before anything is stepped."""
+    if math.isfinite(loss) and math.isfinite(norm):
         return
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     what = f"gradient of {bad[0]} ({len(bad)} in all)" if bad else "gradient norm"
     if not math.isfinite(loss):             # then gradients are not, either: forward tells where it began
-        what = f"loss; first of all the output of {first_non_finite(model, batch)}" if batch else "loss"
-    when = f"loss {loss}, gradient norm {norm}" if norm is not None else f"loss after it {loss}"
-    raise RuntimeError(f"step {step}: {when}; not finite: {what}. "
-                       "Nothing of it was saved; what was saved before is kept. Lower --lr?")
+        what = f"loss; first of all the output of {first_non_finite(model, batch)}"
+    raise RuntimeError(f"step {step}: loss {loss}, gradient norm {norm}; not finite: {what}. "
+                       "This step was not taken; what was saved is kept. Lower --lr?")
 
 
 def peak_memory_mb(device):
@@ -285,10 +284,6 @@ def measure(when, args, model, tokenizer, task, sets, out):
     table = evaluate_sets(model, tokenizer, task, sets, name_file, rule=args.rule,
                           execute=args.allow_code_execution)
     found = {when: table.pop("main", {}), f"loss_{when}": table.pop("loss")["mean"]}
-    if not math.isfinite(found[f"loss_{when}"]):
-        examples = [text.example(tokenizer, row) for rows in sets.values() for row in rows]
-        raise RuntimeError(f"loss {when} training not finite; first of all the output of "
-                           f"{first_non_finite(model, examples)}")
     if "majority" in table:                     # the task's score has it where it means something
         found["majority"] = table.pop("majority")
     metrics = {tasks.metric_of(task, name) for name in sets}
@@ -310,7 +305,6 @@ def validate(model, examples, step, summary, out, record):
     """The validation loss, into the summary; the adapter with the least so far is kept as adapter-best."""
     last = summary["last"] = dict(step=step, loss_val=mean_loss(nll(model, examples)))
     tqdm.write(f"step {step:5}  validation loss {last['loss_val']:.4f}")
-    check_finite(model, step, last["loss_val"], batch=examples)
     if "best" not in summary or last["loss_val"] < summary["best"]["loss_val"]:
         summary["best"] = last
         checkpoint.save_adapter(out / "adapter-best", model, record | {"step": step})
@@ -417,7 +411,7 @@ def train(args, method, run):
         if held_out and (step % (args.eval_every or epoch_steps) == 0 or step == steps):
             validate(model, held_out, step, summary, out, record)
         if step == steps or run.signal or (args.save_steps and step % args.save_steps == 0):
-            check_finite(model, step, mean_loss(nll(model, batch)), batch=batch)    # a step may lead anywhere
+            nll(model, batch)       # a step may lead anywhere: FloatingPointError, and what was saved is kept
             checkpoint.save_adapter(out / "adapter", model, record | {"step": step})
             if args.save_steps or run.signal:       # SIGINT, SIGTERM: the run ends in this line
                 run.save(model, optimizer, summary=summary, seconds=time.perf_counter() - started,
