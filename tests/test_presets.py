@@ -72,8 +72,8 @@ GRALORA = {     # Table 5; code's ranks are 16, 32, 64 and 128
     qwen2.5-7b          64    4e-4   192         2
     llama3.1-70b        64    3e-4   192         1"""}
 GRALORA_METHODS = {"llama3.1-70b": "lora gralora"}      # of the other models: all four
-# §4.1: all seven linear layers, LionW. The paper prints no schedule, warm-up, dropout or length: they are the
-# scripts of its authors, as is RaSA's k = r / 8; 4 fit where 192 do not.
+# §4.1: all seven linear layers, LionW. Schedule, warm-up, dropout and length, which the paper does not print,
+# are those of its authors' scripts, as is RaSA's k = r / 8; 4 fit where 192 do not.
 GRALORA_ALL = dict(optimizer="lion", schedule="cosine", targets="all", warmup_steps=0, warmup_ratio=0.1,
                    dropout=0.05, micro_batch_size=4)
 GRALORA_LENGTH = dict(commonsense=256, code=4096)
