@@ -42,7 +42,7 @@ def test_the_workflows_run_what_is_there():
 
 @pytest.mark.parametrize("version", [None, "2.6.0"])
 def test_ci_installs_the_pinned_torch_or_the_one_that_TORCH_names(version, tmp_path):
-    """With stand-ins for python3, which makes an empty environment, and pip, which shows its file and fails."""
+    """With stand-ins for python3, which makes an empty environment, and pip, which shows its file."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     for name, line in (("python3", 'mkdir -p "$3/bin"; : > "$3/bin/activate"'),
@@ -111,7 +111,8 @@ def test_a_difference_above_the_bound_exits_with_1(tiny):
 def test_other_ids_than_transformers_are_an_error(tiny, monkeypatch):
     tf = pytest.importorskip("transformers")
     import real_models
-    monkeypatch.setattr(tf.AutoTokenizer, "from_pretrained", lambda path: lambda words: dict(input_ids=[5, 6]))
+    other = lambda words: dict(input_ids=[5, 6])
+    monkeypatch.setattr(tf.AutoTokenizer, "from_pretrained", lambda path: other)
     with pytest.raises(ValueError, match="other ids than transformers'"):
         real_models.difference(tiny)
 
