@@ -3,6 +3,7 @@ presets.py against the papers' hyper-parameter tables, typed here as they are pr
 column for each method that the table names, the rest of its methods under "other".
 """
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,6 +266,15 @@ def test_a_preset_drops_what_the_method_has_no_place_for_and_only_that(method, m
     assert (set(shared), own) == (left | {"rank"}, {})
     assert set(presets.dropped("some", module)) == REFUSES.get(method, set())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_nothing_is_dropped_for_a_method_that_refuses_the_layer_itself(monkeypatch):
+    """Then its refusal says nothing of the dropout."""
+    monkeypatch.setitem(presets.PRESETS, "some", {"all": dict(dropout=0.1)})
+
+    def inject(model, targets, rank, alpha=None, dropout=0.0):
+        raise ValueError("8 is too small")
+    assert presets.dropped("some", SimpleNamespace(inject=inject)) == []
 
 
 def test_a_dropout_that_a_preset_states_is_left_out_of_gfa_in_one_line_and_an_explicit_one_is_an_error(
