@@ -74,6 +74,7 @@ def add_flags(p, method):
     add("--batch_size", type=int, default=4, help="effective: examples per optimizer step")
     add("--micro_batch_size", type=int, help="examples per forward pass; none: batch_size")
     add("--warmup_steps", type=int, default=0, help="linear warm-up")
+    add("--warmup_ratio", type=float, default=0.0, help="share of the steps, instead of --warmup_steps")
     add("--schedule", default="linear", choices=["linear", "cosine", "constant"], help="after the warm-up")
     add("--optimizer", default="adamw", choices=["adamw", "lion"])
     add("--weight_decay", type=float, default=0.0)
@@ -126,6 +127,10 @@ def check(p, args, method):
             (args.model is None, f"preset {args.preset!r} names no model: give --model"),
             (args.batch_size % micro,
              f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size {micro}"),
+            (not 0 <= args.warmup_ratio < 1,
+             f"--warmup_ratio {args.warmup_ratio}, expected 0 <= warmup_ratio < 1"),
+            (args.warmup_steps and args.warmup_ratio,
+             f"--warmup_steps {args.warmup_steps}, --warmup_ratio {args.warmup_ratio}: one has to be 0"),
             (not 0 <= args.dropout < 1, f"--dropout {args.dropout}, expected 0 <= dropout < 1"),
             (not (0 < args.epochs < math.inf and args.lr > 0),
              f"--epochs {args.epochs:g} --lr {args.lr:g}, expected both above 0"),
@@ -264,6 +269,8 @@ def describe(args, method, model, examples, cut, steps, epoch_steps):
         _, own, owner = presets.rows(args.preset, method)
         words = ", ".join(f"{flag} {getattr(args, flag)}" for flag in own) or "no flags of its own"
         print(f"preset {args.preset}, for {owner}: {words}")
+        if left := presets.dropped(args.preset, method):
+            print(f"left out of it: {', '.join(left)}, for which {owner} has no place")
     return trainable
 
 
@@ -388,7 +395,7 @@ def train(args, method, run):
         check_finite(model, step, loss, norm.item(), batch)
         if args.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(params, args.grad_clip, norm)
-        factor = lr_at(step - 1, steps, args.warmup_steps, args.schedule)
+        factor = lr_at(step - 1, steps, args.warmup_steps or round(args.warmup_ratio * steps), args.schedule)
         for group in optimizer.param_groups:        # a method's own optimizer may have a rate for each group
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         optimizer.step()

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-DEFAULTS = {}
+DEFAULTS, COMMON = {}, {"lr": 2e-4}     # the authors' rate
 PRESET = "dora"                         # whose rows of presets.py apply
 
 

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 DEFAULTS = {"niter": (0, "power iterations of a randomized SVD (the paper's fast one); 0: exact")}
-TINY = {"lr": 5e-3}                     # on the bundled model
+COMMON, TINY = {"lr": 2e-5}, {"lr": 5e-3}   # the authors' rate, that on the bundled model
 PRESET = "pissa"                        # whose rows of presets.py apply
 
 

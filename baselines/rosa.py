@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 DEFAULTS = {}
-COMMON = {"reinit_every": "1"}
+COMMON = {"reinit_every": "1", "lr": 5e-5}   # as the authors' runs on decoders
 TINY = {"lr": 5e-3, "reinit_every": "60s"}   # on the bundled model
 PRESET = "rosa"                         # whose rows of presets.py apply
 

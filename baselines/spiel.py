@@ -29,7 +29,7 @@ DEFAULTS = {"density": (0.0, "share of the target weights that train; 0: as many
             "reselection_steps": (20, "S, optimizer steps from one change of places to the next"),
             "accumulation_steps": (5, "A, steps over which gradients are gathered before it"),
             "reselection_rate": (0.2, "share of the places that change, before its linear decay")}
-PRESET = "spiel"                        # whose rows of presets.py apply
+PRESET, COMMON = "spiel", {"lr": 1e-4}  # whose rows of presets.py apply; the authors' rate
 
 
 class SparseProduct(torch.autograd.Function):

@@ -2,7 +2,12 @@
 presets.py against the papers' hyper-parameter tables, typed here as they are printed: a row for each model, a
 column for each method that the table names, the rest of its methods under "other".
 """
+import json
+from types import SimpleNamespace
+
 import pytest
+import torch
+from conftest import trainable
 
 import checkpoint
 import presets
@@ -53,8 +58,10 @@ G_LORA_METHODS = "lora dora pissa rosa rasa gralora milora denselora spiel"     
 G_LORA_ALL = dict(schedule="linear", epochs=10, rank=8, optimizer="adamw", batch_size=4, warmup_steps=500,
                   dropout=0.05, targets="attention", val_rows=1200, seed=42)        # §4.1, App. C
 G_LORA_MIX = dict(commonsense="commonsense_15k", math="math_10k", code="codealpaca_20k")        # §4, D.3
-# Table 16: RoSA starts anew four times in its ten epochs. SpIEL has no place for a dropout.
-G_LORA_OWN = dict(rosa=dict(reinit_every="2"), spiel=dict(dropout=0.0))
+# Table 16: RoSA starts anew four times in its ten epochs. Table 18: SpIEL's density; it has no place for a
+# dropout. DenseLoRA's printed counts are of this rank and these modules, as tested below.
+G_LORA_OWN = dict(rosa=dict(reinit_every="2"), spiel=dict(dropout=0.0, density=0.003),
+                  denselora=dict(rank=64, targets="q_proj,k_proj,v_proj,up_proj,down_proj"))
 
 GRALORA = {     # Table 5; code's ranks are 16, 32, 64 and 128
     "code": """
@@ -66,8 +73,12 @@ GRALORA = {     # Table 5; code's ranks are 16, 32, 64 and 128
     qwen2.5-7b          64    4e-4   192         2
     llama3.1-70b        64    3e-4   192         1"""}
 GRALORA_METHODS = {"llama3.1-70b": "lora gralora"}      # of the other models: all four
-# §4.1: all seven linear layers, LionW. The cosine is the authors' scripts'. No warm-up or dropout is printed.
-GRALORA_ALL = dict(optimizer="lion", schedule="cosine", targets="all", warmup_steps=0, dropout=0.0)
+# §4.1: all seven linear layers, LionW. Schedule, warm-up, dropout and length, which the paper does not print,
+# are those of its authors' scripts, as is RaSA's k = r / 8; 4 fit where 192 do not.
+GRALORA_ALL = dict(optimizer="lion", schedule="cosine", targets="all", warmup_steps=0, warmup_ratio=0.1,
+                   dropout=0.05, micro_batch_size=4)
+GRALORA_LENGTH = dict(commonsense=256, code=4096)
+HYBRID = "gralora-code-llama3.1-8b-hybrid"              # Table 2's row with a star, at rank 16
 GRALORA_MIX = dict(commonsense="commonsense_170k", code="data-evol_instruct-decontaminated")    # §4.1
 
 
@@ -105,15 +116,21 @@ def printed():
             found[f"glora-{task}-{model}-randomized"] = others | dict(glora=own | randomized)
     for task, table in GRALORA.items():
         for model, row in read(table).items():
-            every = GRALORA_ALL | dict(task=task, mix=GRALORA_MIX[task])
+            every = GRALORA_ALL | dict(task=task, mix=GRALORA_MIX[task], max_len=GRALORA_LENGTH[task])
             every |= {flag: float(cell) for flag, cell in row.items()}
             methods = GRALORA_METHODS.get(model, "lora mora rasa gralora").split()
             found[f"gralora-{task}-{model}"] = {method: dict(every) for method in methods}
             found[f"gralora-{task}-{model}"]["gralora"]["k"] = 0                    # by the rank, §3.4
+            if "rasa" in methods:
+                found[f"gralora-{task}-{model}"]["rasa"]["k"] = 8
+    found[HYBRID] = {method: flags | dict(rank=16) for method, flags in found[HYBRID[:-7]].items()}
+    found[HYBRID]["gralora"] |= dict(k=2, hybrid=8)
+    found[HYBRID]["rasa"] |= dict(k=2)
     return found
 
 
 PRINTED = printed()
+PEFT = "peft-metamath-llama3.2-3b"
 
 
 def parse(preset, method):
@@ -121,7 +138,7 @@ def parse(preset, method):
 
 
 def test_there_is_a_preset_for_every_row_of_the_tables_and_no_other():
-    assert set(PRINTED) | {"tiny"} == set(presets.PRESETS)
+    assert set(PRINTED) | {"tiny", PEFT} == set(presets.PRESETS)
     cells = lambda tables: [len(row) for table in tables for row in read(table).values()]
     assert sum(cells(CPS_LORA.values())) == 28
     assert len(cells(G_LORA.values())) * 2 == 12 and len(cells(GRALORA.values())) == 4
@@ -133,7 +150,8 @@ def test_there_is_a_preset_for_every_row_of_the_tables_and_no_other():
 def test_a_preset_is_what_the_papers_print(preset):
     """Flags that the papers leave open stay at train.py's or the method's own defaults."""
     for method, flags in PRINTED[preset].items():
-        want = vars(parse(None, method)) | flags | dict(preset=preset, micro_batch_size=flags["batch_size"])
+        want = vars(parse(None, method)) | dict(micro_batch_size=flags["batch_size"]) | flags
+        want |= dict(preset=preset)
         got = vars(parse(preset, method))
         assert (method, got) == (method, want)
 
@@ -185,12 +203,12 @@ def test_a_method_takes_what_the_presets_of_its_tables_give_it(tiny):
                 model = checkpoint.load(tiny)
                 train.adapt(args, module, model)
                 adapted = sum(hasattr(m, "delta") for m in model.modules())
-                assert adapted == 4 * dict(attention=4, all=7)[args.targets]
+                assert adapted == 4 * dict(attention=4, all=7).get(args.targets, 5)
 
 
 def test_gralora_has_four_blocks_a_side_at_rank_64_and_an_alpha_of_twice_the_rank_as_lora_has(tiny):
     """§3.4 and §4.1."""
-    for preset in (name for name in PRINTED if name.startswith("gralora")):
+    for preset in (name for name in PRINTED if name.startswith("gralora") and name != HYBRID):
         for method in ("lora", "gralora"):
             args, module = train.parse(["--method", method, "--model", str(tiny), "--preset", preset])
             model = checkpoint.load(tiny)
@@ -198,3 +216,116 @@ def test_gralora_has_four_blocks_a_side_at_rank_64_and_an_alpha_of_twice_the_ran
             layers = [m for m in model.modules() if hasattr(m, "delta")]
             assert {layer.scaling for layer in layers} == {2.0}
             assert method == "lora" or {layer.k for layer in layers} == {4}
+
+
+def test_the_hybrid_row_has_half_of_rank_16_as_plain_lora_and_two_blocks_a_side(tiny):
+    """§3.5: up to half of the total rank, in low-rank scenarios."""
+    args, module = train.parse(["--method", "gralora", "--model", str(tiny), "--preset", HYBRID])
+    model = checkpoint.load(tiny)
+    train.adapt(args, module, model)
+    layers = [m for m in model.modules() if hasattr(m, "delta")]
+    assert {(layer.k, layer.scaling, layer.lora_B_general.shape[1]) for layer in layers} == {(2, 2.0, 8)}
+    assert args.rank == 16
+
+
+@pytest.mark.parametrize("model, printed", [("LLaMA2-7B", 4.16), ("LLaMA2-13B", 5.21), ("LLaMA3-8B", 4.19)])
+def test_denseloras_row_has_the_parameters_that_g_lora_prints(model, printed):
+    """Tables 1 and 2, Params, in millions."""
+    row = presets.PRESETS["glora-math-llama2"]["denselora"]
+    assert round(trainable("denselora", model, row["targets"], row["rank"]) / 1e6, 2) == printed
+
+
+def test_spiels_density_is_of_the_targets_and_near_the_budget_of_lora():
+    """Table 18, "comparable": 6.4M beside 8.4M; of all weights of the model it would be 20.2M."""
+    density = presets.PRESETS["glora-math-llama2"]["spiel"]["density"]
+    assert trainable("spiel", "LLaMA2-7B", "attention", 8, density=density) == 6_442_368
+    assert trainable("lora", "LLaMA2-7B", "attention", 8) == 8_388_608
+
+
+def test_every_preset_names_its_paper_its_table_and_its_model():
+    assert list(presets.SOURCES) == list(presets.PRESETS)
+    assert presets.SOURCES["cps-code-qwen2.5-1.5b"] == ("CPS-LoRA", "Table 9", "Qwen2.5-1.5B")
+    assert presets.SOURCES["glora-code-qwen2.5-7b-randomized"] == ("G-LoRA", "Tables 11, 12", "Qwen2.5-7B")
+    assert presets.SOURCES["gralora-commonsense-llama3.1-70b"] == ("GraLoRA", "Table 5", "LLaMA3.1-70B")
+    assert presets.SOURCES[HYBRID] == ("GraLoRA", "Tables 2, 5", "LLaMA3.1-8B")
+
+
+# What the inject of each method has no place for, by its own refusal.
+REFUSES = {"full": {"alpha", "dropout"}, "gfa": {"alpha", "dropout"}, "gfa_aligned": {"alpha", "dropout"},
+           "spiel": {"alpha", "dropout"}, "glora": {"alpha"}, "cps_lora": {"alpha"}, "rosa": {"alpha"},
+           "mora": {"alpha"}}
+OURS = [*REFUSES, "lora", "dora", "gralora", "pissa", "milora", "rasa", "denselora"]
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_a_preset_drops_what_the_method_has_no_place_for_and_only_that(method, monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "some", {"all": dict(alpha=5.0, dropout=0.1, rank=3)})
+    module, before = checkpoint.load_method(method), torch.get_rng_state()
+    left = {"alpha", "dropout"} - REFUSES.get(method, set())
+    shared, own, _ = presets.rows("some", module)
+    assert (set(shared), own) == (left | {"rank"}, {})
+    assert set(presets.dropped("some", module)) == REFUSES.get(method, set())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_nothing_is_dropped_for_a_method_that_refuses_the_layer_itself(monkeypatch):
+    """Then its refusal says nothing of the dropout."""
+    monkeypatch.setitem(presets.PRESETS, "some", {"all": dict(dropout=0.1)})
+
+    def inject(model, targets, rank, alpha=None, dropout=0.0):
+        raise ValueError("8 is too small")
+    assert presets.dropped("some", SimpleNamespace(inject=inject)) == []
+
+
+def test_a_dropout_that_a_preset_states_is_left_out_of_gfa_in_one_line_and_an_explicit_one_is_an_error(
+        tiny, tmp_path, capsys, monkeypatch):
+    rows = presets.PRESETS["tiny"]["all"] | dict(dropout=0.1, max_steps=1, batch_size=1, train_rows=4)
+    monkeypatch.setitem(presets.PRESETS, "tiny", {"all": rows})
+    flags = ["--eval_limit", "1", "--no-eval_before", "--out_dir", str(tmp_path / "run")]
+    train.main(["--method", "gfa", *flags])
+    assert "left out of it: dropout, for which gfa has no place\n" in capsys.readouterr().out
+    train.main(["--method", "lora", *flags, "--overwrite"])
+    assert "left out of it" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train.main(["--method", "gfa", "--dropout", "0.1", *flags, "--overwrite"])
+    assert "GFA has no alpha" in capsys.readouterr().err
+
+
+def test_a_methods_usual_rate_is_its_default_and_a_preset_or_the_user_overrides_it():
+    usual = dict(gfa=3e-3, gfa_aligned=3e-3, full=2e-5, pissa=2e-5, rosa=5e-5, dora=2e-4, spiel=1e-4)
+    for method in OURS:
+        assert parse(None, method).lr == usual.get(method, 3e-4), method
+    assert parse("glora-math-llama2", "gfa").lr == 3e-4
+    assert train.parse(["--method", "gfa", "--model", "x", "--lr", "1"])[0].lr == 1
+    assert train.parse(["--method", "gfa"])[0].lr == 3e-2            # TINY, on the bundled model
+
+
+def test_the_comparison_that_peft_publishes(tiny):
+    """Its default_training_params.json, the adapter_config.json of LoRA, DoRA and GraLoRA: r 32, alpha 64."""
+    theirs = dict(rank=32, alpha=None, dropout=0.0, targets="q_proj,v_proj", batch_size=4, max_steps=5000,
+                  lr=1e-4, weight_decay=0.1, schedule="cosine", warmup_ratio=0.1, warmup_steps=0, max_len=768,
+                  seed=0, grad_clip=1.0, optimizer="adamw", dtype="bfloat16", train_on_prompt=True)
+    own = dict(lora={}, dora={}, gralora=dict(lr=2e-4, weight_decay=0.01, k=2, hybrid=0))
+    for method, differs in own.items():
+        args = vars(parse(PEFT, method))
+        assert {flag: args[flag] for flag in theirs | differs} == theirs | differs
+        model = checkpoint.load(tiny)
+        train.adapt(*train.parse(["--method", method, "--model", str(tiny), "--preset", PEFT]), model)
+        assert {m.scaling for m in model.modules() if hasattr(m, "delta")} == {2.0}     # 64 / 32
+
+
+def test_warm_up_is_a_share_of_the_steps_or_a_number_of_them(tmp_path, capsys):
+    """5 of 20 steps: a quarter; the rate is at its peak from the fifth on, as the schedule is constant."""
+    flags = ["--max_steps", "20", "--batch_size", "1", "--train_rows", "20", "--eval_limit", "1",
+             "--no-eval_before", "--log_every", "1", "--schedule", "constant", "--lr", "1e-3",
+             "--out_dir", str(tmp_path / "run")]
+    train.main([*flags, "--warmup_steps", "0", "--warmup_ratio", "0.25"])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["lr"] for line in lines]
+    assert rates == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4] + [1e-3] * 16)
+    for wrong, message in ((["--warmup_steps", "5", "--warmup_ratio", "0.25"], "one has to be 0"),
+                           (["--warmup_ratio", "1.0"], "expected 0 <= warmup_ratio < 1"),
+                           (["--warmup_ratio", "-0.1"], "expected 0 <= warmup_ratio < 1")):
+        with pytest.raises(SystemExit):
+            train.parse([*wrong])
+        assert message in capsys.readouterr().err
