@@ -150,7 +150,8 @@ def set_state(state, model, optimizer, method, device):
     """Puts what state_of returned into a freshly injected model and its new optimizer."""
     if hasattr(method, "restore"):
         method.restore(model, state["adapter"])
-    if state["adapter"].keys() != checkpoint.adapter_tensors(model).keys():
+    kinds = lambda tensors: {name: (t.dtype, t.shape) for name, t in tensors.items()}
+    if kinds(state["adapter"]) != kinds(checkpoint.adapter_tensors(model)):
         raise ValueError("the state's tensors are not those of this model: was the code changed since?")
     held = model.state_dict(keep_vars=True)
     for name, t in state["adapter"].items():        # no copy into what is there, whose strides may be others
