@@ -1,24 +1,27 @@
 """
-The directory of a run: a name that one process claims, whose args.json it keeps locked while it is at work;
-and resume/, the last two states that a stopped run can go on from, each a directory named after its step:
+The directory of a run: one process has it for itself while it is at work, and a later one can go on in it.
+
+A run begins in a hidden directory, and its rename into place is the claim: what is in sight is whole. Its
+args.json is locked until the process ends, in whatever way. resume/ holds the last two states to go on from,
+each in a directory named after its step, with AdamW three times as large as the adapter:
 
     state.safetensors   adapter, optimizer moments, torch's random generators, what layers hold beside tensors
-    state.json          where each tensor belongs, and all that is no tensor
-    adapter-best        as it was then, where validation chose one
+    state.json          which tensor belongs where, all that is no tensor, and hashes
+    adapter-best        as it was then, where validation chose one: steps that are taken again may differ
 """
+import itertools
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -36,30 +39,40 @@ FREE = ("out_dir", "overwrite", "resume", "log_every", "save_steps")    # flags 
 
 def lock(directory):
     """The open args.json of a run, locked until it is closed. ValueError where a process is at work there."""
-    file = open(directory / "args.json", "r+b")
-    try:
+    file = open(directory / "args.json", "r+b")             # NFS locks no file that is open for reading alone
+    with suppress(BlockingIOError):
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):   # else another run took its place
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):   # no: replaced since it was opened
             return file
-    except OSError:
-        pass
-    file.close()
     raise ValueError(f"{directory}: another process is at work in this run")
 
 
+def place(part, path, numbered):
+    """Renames `part` to `path`, or if numbered to path-2, -3 where that is taken -> what it is named now."""
+    for count in itertools.count(1):
+        free = path if count == 1 else path.with_name(f"{path.name}-{count}")
+        try:
+            return part.rename(free)        # of several processes one can; an empty directory gives way
+        except OSError:
+            if not free.exists():
+                raise
+            if not numbered:
+                raise ValueError(f"{free}: holds another run; --overwrite replaces it") from None
+
+
 def alive(process):
-    """Whether another process has this number."""
+    """Whether another process has this number; one of another machine that shares the disk counts as dead."""
     try:
-        os.kill(process, 0)
+        os.kill(process, 0)                         # sends nothing
     except OSError as error:
-        return isinstance(error, PermissionError)
-    return process != os.getpid()
+        return isinstance(error, PermissionError)   # another user's
+    return process != os.getpid()                   # which a dead one may have had
 
 
 def clear(directory, name=None):
     """Removes what dead processes left beside `name`, or any; an old version without a new one comes back."""
-    for left in Path(directory).iterdir() if os.name == "posix" else ():
+    for left in list(Path(directory).glob(".*")) if os.name == "posix" else ():     # else os.kill would kill
         found = re.fullmatch(r"\.(.+)\.(part|old)-(\d+)", left.name)
         if not found or name not in (None, found[1]) or alive(int(found[3])):
             continue
@@ -82,45 +95,39 @@ def inputs(args, method, rows, sets):
 
 def compare(out, args, env):
     """ValueError where a run was started with another flag, or from another file, than this command has."""
-    was = read_json(out / "env.json")
-    for then, now, dashes in ((read_json(out / "args.json"), vars(args), "--"),
-                              (was.get("inputs", {}), env["inputs"], "")):
-        for key, value in json.loads(json.dumps(now)).items():
-            if key not in FREE and (key not in then or then[key] != value):
-                raise ValueError(f"{out}: cannot go on, it was started with {dashes}{key} {then.get(key)!r}, "
-                                 f"and this command has {value!r}")
-    if other := [key for key in ("torch", "threads", "device") if was.get(key) != env[key]]:
-        print("note: started with " + ", ".join(f"{key} {was.get(key)}, now {env[key]}" for key in other)
-              + ": it may round otherwise from here on")
+    flags, was = read_json(out / "args.json"), read_json(out / "env.json")
+    then = {f"--{key}": value for key, value in flags.items()} | was.get("inputs", {})
+    now = {f"--{key}": value for key, value in vars(args).items() if key not in FREE} | env["inputs"]
+    for key, value in now.items():
+        if then.get(key) != value:
+            raise ValueError(f"{out}: cannot go on, it was started with {key} {then.get(key)!r}, and this "
+                             f"command has {value!r}")
+    names = ("torch", "threads", "device")
+    if other := [f"{key} {was[key]}, now {env[key]}" for key in names if was[key] != env[key]]:
+        print(f"note: started with {', '.join(other)}: it may round otherwise from here on")
 
 
 # ------------------------------------------------------------------------------------ states
 
-def pack(value, path, tensors):
-    """
-    The JSON form of nested dicts and lists; tensors go to `tensors`. Strides are kept, as a product may round
-    otherwise where a factor lies otherwise in memory.
-    """
-    if isinstance(value, torch.Tensor):
-        tensors[path] = value.detach().contiguous()
-        return {"tensor": path, "stride": value.stride(), "device": value.device.type}
-    if isinstance(value, dict):
-        return {key: pack(v, f"{path}/{key}", tensors) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
-    return value
+def pack(state, tensors):
+    """`state` as JSON has it; its tensors go to `tensors`, named by number."""
+    def refer(t):
+        name = str(len(tensors))
+        tensors[name] = t.detach().contiguous()     # of another stride a product may round otherwise
+        return {"tensor": name, "stride": t.stride(), "device": t.device.type}
+
+    return json.loads(json.dumps(state, default=refer))
 
 
-def unpack(value, tensors, device):
-    if isinstance(value, list):
-        return [unpack(v, tensors, device) for v in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() != {"tensor", "stride", "device"}:
-        return {key: unpack(v, tensors, device) for key, v in value.items()}
-    t = tensors[value["tensor"]]
-    device = "cpu" if value["device"] == "cpu" else device      # AdamW counts its steps on the CPU
-    return torch.empty_strided(t.shape, value["stride"], dtype=t.dtype, device=device).copy_(t)
+def unpack(record, tensors, device):
+    """The state again, its tuples as lists."""
+    def find(value):
+        if value.keys() != {"tensor", "stride", "device"}:
+            return value
+        t, on = tensors[value["tensor"]], "cpu" if value["device"] == "cpu" else device     # AdamW's steps
+        return torch.empty_strided(t.shape, value["stride"], dtype=t.dtype, device=on).copy_(t)
+
+    return json.loads(json.dumps(record), object_hook=find)
 
 
 def state_of(model, optimizer, device):
@@ -133,7 +140,7 @@ def state_of(model, optimizer, device):
                 for name, m in model.named_modules() if hasattr(m, "STATE")},
         optimizer=[dict(numbers={key: v for key, v in group.items() if isinstance(v, (int, float))},
                         params=[names[id(p)] for p in group["params"]],
-                        state=[dict(optimizer.state.get(p, {})) for p in group["params"]])
+                        state=[optimizer.state.get(p, {}) for p in group["params"]])
                    for group in optimizer.param_groups],
         numpy=[kind, words.tolist(), *rest], python=random.getstate(), torch=torch.get_rng_state(),
         device=None if device.type == "cpu" else getattr(torch, device.type).get_rng_state())
@@ -143,178 +150,168 @@ def set_state(state, model, optimizer, method, device):
     """Puts what state_of returned into a freshly injected model and its new optimizer."""
     if hasattr(method, "restore"):
         method.restore(model, state["adapter"])
-    shapes = lambda tensors: {name: (t.dtype, t.shape) for name, t in tensors.items()}
-    if shapes(state["adapter"]) != shapes(checkpoint.adapter_tensors(model)):
-        raise ValueError("its tensors are not those of this model")
-    parameters = dict(model.named_parameters())
-    held = parameters | dict(model.named_buffers())
+    kinds = lambda tensors: {name: (t.dtype, t.shape) for name, t in tensors.items()}
+    if kinds(state["adapter"]) != kinds(checkpoint.adapter_tensors(model)):
+        raise ValueError("the state's tensors are not those of this model: was the code changed since?")
+    held = model.state_dict(keep_vars=True)
     for name, t in state["adapter"].items():        # no copy into what is there, whose strides may be others
         held[name].data = t
     for name, kept in state["layers"].items():
         vars(model.get_submodule(name)).update(kept)
-    optimizer.state.clear()
     for group, saved in zip(optimizer.param_groups, state["optimizer"]):
-        group["params"] = [parameters[name] for name in saved["params"]]
+        group["params"] = [held[name] for name in saved["params"]]      # a re-init may have moved them
         group.update(saved["numbers"])
-        optimizer.state.update({p: kept for p, kept in zip(group["params"], saved["state"]) if kept})
+        optimizer.state.update(zip(group["params"], saved["state"]))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(state["numpy"]))
-    random.setstate(tuple(tuple(x) if isinstance(x, list) else x for x in state["python"]))
     torch.set_rng_state(state["torch"])
     if device.type != "cpu":
-        getattr(torch, device.type).set_rng_state(state["device"].cpu())
+        getattr(torch, device.type).set_rng_state(state["device"])
 
 
 def states(out):
     """The directories of a run's states, the newest last."""
-    return sorted(d for d in (out / "resume").glob("*") if d.name.isdecimal())
+    return sorted((out / "resume").glob("[0-9]*"))
 
 
-def seal(directory, record):
-    """A hash of a whole state; record: what its state.json has beside it."""
-    return digest(directory / "state.safetensors", record, most=2**63)
+def hashes(out, directory, record):
+    """Of the run, from whose states no other goes on, and of a whole state, which is read again for it."""
+    return dict(run=digest(out / "args.json", out / "env.json"),
+                seal=digest(directory / "state.safetensors", record, most=2**63))
 
 
-def read_state(directory, run, device):
-    """ValueError where a state is torn, or another run's."""
-    try:
-        record = read_json(directory / "state.json")
-        if record.pop("seal", None) != seal(directory, record):
-            raise ValueError(f"{directory}: torn, it is not as it was written")
-        if record["run"] != run:
-            raise ValueError(f"{directory}: the state of another run")
-        return unpack(record, load_file(directory / "state.safetensors"), device)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{directory}: torn ({error})") from None
+def newest_state(out, device):
+    """The last whole state and its directory; None, None before the first. ValueError where all are torn."""
+    for directory in reversed(found := states(out)):
+        try:
+            record = read_json(directory / "state.json")
+            was, now = record.pop("hashes", {}), hashes(out, directory, record)
+            if was.get("seal") != now["seal"]:
+                raise ValueError(f"{directory}: torn, it is not as it was written")
+            if was["run"] != now["run"]:
+                raise ValueError(f"{directory}: the state of another run")
+            return unpack(record, load_file(directory / "state.safetensors"), device), directory
+        except (ValueError, OSError) as error:
+            print(f"not gone on from {error}")
+    if found:
+        raise ValueError(f"no whole state to go on from in {out / 'resume'}")    # the user may begin anew
+    return None, None
 
 
 # ------------------------------------------------------------------------------------ a run at work
 
 class Run:
-    """
-    out, its directory; step, the last one that was begun; signal, the one that asks it to stop, or 0. As a
-    context it listens to signals, and lets its lock go at the end.
-    """
+    """As a context it listens to signals, and lets its lock go at the end."""
+    out, held = None, None      # its directory, and the lock that it has
+    step, signal = 0, 0         # the last step that was begun, and the signal that asks it to stop
 
     def __init__(self, args):
-        self.args, self.out, self.held = args, args.out_dir and Path(args.out_dir), None
-        self.step, self.signal, self.looping, self.handlers = 0, 0, False, {}
+        self.args = args
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():       # no other one may
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) != signal.SIG_IGN:          # as nohup wants it
-                    self.handlers[number] = signal.signal(number, self.stop)
+        main = threading.current_thread() is threading.main_thread()        # no other one may listen
+        self.before = {n: how for n in (signal.SIGINT, signal.SIGTERM)
+                       if main and (how := signal.getsignal(n)) != signal.SIG_IGN}      # as a script's & is
+        self.listen(self.leave)
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        for number, how in self.before.items():
+            signal.signal(number, how)
         if self.held:
             self.held.close()
 
-    def stop(self, number, frame):
-        """In the loop the step ends first; a second signal does not wait, and none does elsewhere."""
-        if self.signal:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif self.looping:
-            self.signal = number
-            os.write(2, b"\nends after this step; a second signal ends it at once\n")   # print may be at work
-        else:
-            self.leave(number)
+    def listen(self, how):
+        for number in self.before:
+            signal.signal(number, how)
 
-    def leave(self, number):
+    def stop(self, number, frame):
+        """What a signal does in the loop: save ends the run after this step, and a second one at once."""
+        self.signal = number
+        self.listen(signal.SIG_DFL)
+        os.write(2, b"\nends after this step; a second signal ends it at once\n")       # print may be at work
+
+    def leave(self, number, frame=None):
+        """What it does elsewhere: by an exception, so that nothing half-written stays."""
         words = "nothing was written"
-        if self.held:
+        if self.out:
             found = states(self.out)
             done = f"after step {int(found[-1].name)}" if found else "from its first step"
             words = f"the same command with --resume --out_dir {self.out} goes on {done}"
         os.write(2, f"\nstopped by {signal.Signals(number).name}: {words}\n".encode())
-        sys.exit(128 + number)
+        raise SystemExit(128 + number)
 
     def check(self):
-        """ValueError, before anything is loaded, where claim would have to refuse the directory."""
-        args, given = self.args, self.out
+        """
+        ValueError, before anything is loaded, where claim would have to refuse the directory. A run that is
+        there, to go on in or to replace, is locked from here on.
+        """
+        args, out = self.args, self.args.out_dir and Path(self.args.out_dir)
         if args.resume:
-            self.out = given if args.resume is True else Path(args.resume)
-            if not self.out:
+            run = out if args.resume is True else Path(args.resume)
+            if not run:
                 raise ValueError("--resume: needs the run's directory, --resume RUN or --out_dir RUN")
-            if given and given.resolve() != self.out.resolve():
-                raise ValueError(f"--resume {self.out}: goes on in place, and not in --out_dir {given}")
-            if not (self.out / "args.json").is_file():
-                raise ValueError(f"{self.out}: no run to go on with")
-            summary = self.out / "summary.json"
+            if out and out.resolve() != run.resolve():
+                raise ValueError(f"--resume {run}: goes on in place, and not in --out_dir {out}")
+            if not (run / "args.json").is_file():
+                raise ValueError(f"{run}: no run to go on with")
+            summary = run / "summary.json"              # written last; with --merge once more, after merged/
             if summary.exists() and (not args.merge or "merge" in read_json(summary)):
-                raise ValueError(f"{self.out}: this run has ended")
-            return lock(self.out).close()
-        parent = next(p for p in (given or Path("runs", "new")).absolute().parents if p.exists())
+                raise ValueError(f"{run}: this run has ended")
+            self.held, self.out = lock(run), run
+            return
+        parent = next(p for p in (out or Path("runs", "new")).absolute().parents if p.exists())
         if not os.access(parent, os.W_OK):
             raise ValueError(f"{parent}: cannot be written to")
-        if not given or not given.exists() or (given.is_dir() and not any(given.iterdir())):
+        if not out or not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return
-        if not (given / "args.json").is_file():
-            raise ValueError(f"{given}: exists and holds something else than a run")
+        if not (out / "args.json").is_file():
+            raise ValueError(f"{out}: exists and holds something else than a run")
         if not args.overwrite:
-            raise ValueError(f"{given}: holds another run; --overwrite replaces it, --resume goes on with it")
+            raise ValueError(f"{out}: holds another run; --overwrite replaces it, --resume goes on with it")
         for flag in ("model", "task", "data", "method"):
             path = Path(value := getattr(args, flag)).resolve()
-            if path.exists() and given.resolve() in (path, *path.parents):
-                raise ValueError(f"{given}: holds the {flag} {value}, which --overwrite would delete")
-        lock(given).close()
+            if path.exists() and path.is_relative_to(out.resolve()):
+                raise ValueError(f"{out}: holds the {flag} {value}, which --overwrite would delete")
+        self.held = lock(out)
 
     def claim(self, name, env):
         """
-        The directory, this process's from here on: it appears locked, with args.json and env.json in it, or
-        is the one to go on in. Without --out_dir it is runs/<name>, or <name>-2, -3 if that is taken.
+        The directory, this process's from here on: --out_dir, or else runs/<name>, or <name>-2, -3. Called
+        once set-up has passed: a mistyped flag deletes nothing, and args are complete and can be compared.
         """
-        base, count, old = self.out or Path("runs", name), 1, None
+        args, given = self.args, self.args.out_dir
+        if args.resume:
+            compare(self.out, args, env)
+            clear(self.out.parent, self.out.name), clear(self.out), clear(self.out / "resume")
+            return self.out
+        base = Path(given or Path("runs", name))
         base.parent.mkdir(parents=True, exist_ok=True)
-        clear(base.parent, self.out and base.name)
-        if self.args.resume:
-            self.held = lock(base)
-            compare(base, self.args, env)
-            (base / "resume").mkdir(exist_ok=True)
-            clear(base), clear(base / "resume")
-            return base
+        clear(base.parent, given and base.name)
         part = beside(base)
-        (part / "eval").mkdir(parents=True)
         try:
-            write_json(part / "args.json", vars(self.args))
+            (part / "eval").mkdir(parents=True)
+            write_json(part / "args.json", vars(args))
             write_json(part / "env.json", env)
-            self.held = lock(part)
-            if self.out and self.args.overwrite and (base / "args.json").exists():
-                old = lock(base)                        # so that no other process replaces it now
+            held = lock(part)
+            if self.held:                               # of the run that --overwrite replaces
                 put(part, base)
-            while part.exists() and not old:
-                path = base if count == 1 else base.with_name(f"{base.name}-{count}")
-                try:
-                    part.rename(path)                   # which of several processes one can do
-                    base = path
-                except OSError:
-                    if not path.exists():
-                        raise
-                    if self.out:
-                        raise ValueError(f"{path}: holds another run; --overwrite replaces it") from None
-                    count += 1
+                self.held.close()
+            else:
+                base = place(part, base, numbered=not given)
+            self.held, self.out = held, base
+            return base
         finally:
-            if old:
-                old.close()
             shutil.rmtree(part, ignore_errors=True)     # after put, the run that was there
-        self.out = base
-        return base
-
-    def id(self):
-        """Of this run alone; its states carry it."""
-        return digest(self.out / "args.json", self.out / "env.json")
 
     def save(self, model, optimizer, **more):
-        """Keeps the state after this step, and the one before; where a signal asked for it, the run ends."""
+        """Keeps the state after this step, and the one before; ends the run where a signal asked for it."""
         device, tensors, best = next(model.parameters()).device, {}, self.out / "adapter-best"
-        state = state_of(model, optimizer, device) | dict(more=more, run=self.id())
+        record = pack(state_of(model, optimizer, device) | dict(more=more), tensors)    # more: the loop's own
         with new_directory(self.out / "resume" / f"{self.step:08}") as part:
-            record = pack(state, "", tensors)
             save_file(tensors, part / "state.safetensors")
-            write_json(part / "state.json", record | {"seal": seal(part, record)})
+            write_json(part / "state.json", record | dict(hashes=hashes(self.out, part, record)))
             if best.exists():
                 shutil.copytree(best, part / best.name)
         kept = [d for d in states(self.out) if int(d.name) <= self.step][-2:]
@@ -324,39 +321,36 @@ class Run:
             self.leave(self.signal)
 
     def load(self, model, optimizer, method):
-        """With --resume, puts the newest whole state back -> what save was given with it; {} without one."""
+        """
+        With --resume, puts the newest whole state back -> what save was given with it; {} without one. What
+        later steps wrote goes; if the process dies here, the next does all of it again.
+        """
         if not self.args.resume:
             return {}
-        more, best, device = {}, self.out / "adapter-best", next(model.parameters()).device
-        for directory in (found := states(self.out)[::-1]):
-            try:
-                state = read_state(directory, self.id(), device)
-                set_state(state, model, optimizer, method, device)
-                self.step, more = int(directory.name), state["more"]
-                break
-            except ValueError as error:
-                refused = error
-                print(f"not gone on from {error}")
-        if found and not more:
-            raise ValueError(f"no whole state to go on from: {refused}")
-        shutil.rmtree(best, ignore_errors=True)             # of steps that are taken again, perhaps
-        if more and (directory / best.name).exists():
+        device, best = next(model.parameters()).device, self.out / "adapter-best"
+        state, directory = newest_state(self.out, device)
+        if state:
+            set_state(state, model, optimizer, method, device)
+            self.step = int(directory.name)
+        shutil.rmtree(best, ignore_errors=True)
+        if state and (directory / best.name).exists():
             shutil.copytree(directory / best.name, best)
-        log = self.out / "metrics.jsonl"
-        lines = log.read_text().split("\n")[:-1] if log.exists() else []        # the last one may be torn
-        log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= self.step))
+        with open(self.out / "metrics.jsonl", "a+b") as log:
+            log.seek(0)
+            kept = [line for line in log if line.endswith(b"\n") and json.loads(line)["step"] <= self.step]
+            log.truncate(sum(map(len, kept)))               # steps rise, and only the last line may be torn
         print(f"goes on after step {self.step}: {self.out}")
-        return more
+        return state["more"] if state else {}
 
     def steps(self, last):
         """The numbers of the steps to take; here a signal waits for the end of the step."""
         if self.step < last:
             for outputs in self.out.glob("eval/*.after.jsonl"):     # of an earlier attempt's adapter
                 outputs.unlink()
-        self.looping = True
+        self.listen(self.stop)
         while self.step < last:
             self.step += 1
             yield self.step
-        self.looping = False
+        self.listen(self.leave)
         if self.signal:             # it came when the last step was saved already
             self.leave(self.signal)

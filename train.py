@@ -217,7 +217,7 @@ def check_finite(model, step, loss, norm, batch):
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     what = f"gradient of {bad[0]} ({len(bad)} in all)" if bad else "gradient norm"
     if not math.isfinite(loss):             # then gradients are not, either: forward tells where it began
-        what = f"loss; first of all the output of {first_non_finite(model, batch)}"
+        what = f"loss; first of all the output of {first_non_finite(model, batch) or 'no module'}"
     raise RuntimeError(f"step {step}: loss {loss}, gradient norm {norm}; not finite: {what}. "
                        "This step was not taken; what was saved is kept. Lower --lr?")
 

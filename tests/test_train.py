@@ -591,11 +591,12 @@ def test_compiled_blocks_are_compiled_anew_after_a_reinit(tmp_path, monkeypatch)
 
 def test_a_loss_that_is_not_finite_is_named(tiny):
     model = injected(tiny)
-    with pytest.raises(RuntimeError, match="step 7: loss nan.*not finite: loss"):
-        train.check_finite(model, 7, float("nan"), 1.0)
+    batch = [([3, 4, 5], 1)]
+    with pytest.raises(RuntimeError, match="step 7: loss nan.*not finite: loss; first of all .* no module"):
+        train.check_finite(model, 7, float("nan"), 1.0, batch)
     with pytest.raises(RuntimeError, match="not finite: gradient norm"):
-        train.check_finite(model, 7, 1.0, math.inf)         # every gradient is finite, their norm is not
-    train.check_finite(model, 7, 1.0, 1.0)
+        train.check_finite(model, 7, 1.0, math.inf, batch)  # every gradient is finite, their norm is not
+    train.check_finite(model, 7, 1.0, 1.0, batch)
 
 
 def test_the_exit_status_of_a_failed_run_is_1_and_of_bad_input_2(tmp_path):
