@@ -1,7 +1,9 @@
 """
 What lies on disk: a Hugging Face directory, which becomes a model; method files, by name; an adapter
-(adapter_model.safetensors + adapter_config.json); the merged model as a Hugging Face directory. A directory
-that is written appears under its name only when it is whole.
+(adapter.safetensors + adapter.json); the merged model as a Hugging Face directory. A directory that is
+written appears under its name only when it is whole. To peft's files or a merged model, see export.py:
+
+    python checkpoint.py RUN/adapter --to peft --dest DIR
 """
 import hashlib
 import importlib.util
@@ -258,8 +260,8 @@ def save_adapter(directory, model, record):
     if bad := [name for name, t in tensors.items() if not t.isfinite().all()]:
         raise ValueError(f"not saved: {bad[0]} is not finite ({len(bad)} such tensors)")
     with new_directory(directory) as part:
-        save_file(tensors, str(part / "adapter_model.safetensors"), metadata=header(model, record, tensors))
-        write_json(part / "adapter_config.json", record)
+        save_file(tensors, str(part / "adapter.safetensors"), metadata=header(model, record, tensors))
+        write_json(part / "adapter.json", record)
 
 
 @contextmanager
@@ -299,11 +301,11 @@ def read_adapter(config, file):
 
 def load_adapter(model, directory, method=None):
     """
-    Injects the method that adapter_config.json names into a freshly loaded model, ours or transformers', and
-    fills it -> (method, record). It names one of the project's own; the file of another, which is code that
-    runs, the caller gives: `method`. ValueError names file and tensor; the model is of no use after it.
+    Injects the method that adapter.json names into a freshly loaded model, ours or transformers', and fills
+    it -> (method, record). It names one of the project's own; the file of another, which is code that runs,
+    the caller gives: `method`. ValueError names file and tensor; the model is of no use after it.
     """
-    config, file = Path(directory, "adapter_config.json"), Path(directory, "adapter_model.safetensors")
+    config, file = Path(directory, "adapter.json"), Path(directory, "adapter.safetensors")
     record, tensors, trained_at = read_adapter(config, file)
     named, own = record["method"], record.get("own") or {}
     if method is None and named not in method_files():

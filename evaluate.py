@@ -291,7 +291,7 @@ def contents(args, sets):
         own = [base / name for name in checkpoint.TEXT_FILES if (base / name).exists()]
         found["content of the model"] = digest(base / "config.json", *checkpoint.tensor_files(base), *own)
         if args.adapter:
-            files = ("adapter_config.json", "adapter_model.safetensors")
+            files = ("adapter.json", "adapter.safetensors")
             found["content of the adapter"] = digest(*(Path(args.adapter, name) for name in files))
     except (ValueError, OSError):
         if not args.score_only:

@@ -479,7 +479,7 @@ def test_the_command_runs_alone_with_an_adapter(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--adapter", "nowhere"], "nowhere/adapter_config.json: No such file"),
+    (["--adapter", "nowhere"], "nowhere/adapter.json: No such file"),
     (["--model", "nowhere"], "nowhere: no such model directory"),
     (["--task", "x"], "task 'x', expected one of"),
     (["--task", "boolq"], "found none of commonsense/boolq.json, boolq.json, dataset/boolq/test.json "

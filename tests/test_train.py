@@ -278,16 +278,16 @@ def test_validation_keeps_the_best_adapter_beside_the_last(tmp_path, capsys):
     last, best = summary["last"], summary["best"]
     assert len(values) == 3 and last["step"] == 3 and round(last["loss_val"], 4) == values[-1]
     assert round(best["loss_val"], 4) == min(values) and values[best["step"] - 1] == min(values)
-    best = json.loads((out / "adapter-best" / "adapter_config.json").read_text())
+    best = json.loads((out / "adapter-best" / "adapter.json").read_text())
     assert best["method"] == "lora"
-    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["step"] == 3
+    assert json.loads((out / "adapter" / "adapter.json").read_text())["step"] == 3
 
 
 def test_the_bf16_base_stays_bf16_and_adapters_train_in_fp32(tmp_path):
     out = tmp_path / "run"
     run(*FAST, "--dtype", "bfloat16", "--merge_dtype", "bfloat16", "--no-eval_before", "--merge", out=out)
     dtypes = lambda file: {t.dtype for t in load_file(file).values()}
-    assert dtypes(out / "adapter" / "adapter_model.safetensors") == {torch.float32}
+    assert dtypes(out / "adapter" / "adapter.safetensors") == {torch.float32}
     assert dtypes(out / "merged" / "model.safetensors") == {torch.bfloat16}
 
 
@@ -305,7 +305,7 @@ def test_compiled_blocks_train_alike(tiny, tmp_path):
             *flags, out=tmp_path / name)
     a, b = metrics(tmp_path / "a"), metrics(tmp_path / "b")
     assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-3)
-    saved = load_file(tmp_path / "b" / "adapter" / "adapter_model.safetensors")
+    saved = load_file(tmp_path / "b" / "adapter" / "adapter.safetensors")
     assert not any("_orig_mod" in key for key in saved)
 
 
@@ -424,11 +424,11 @@ def test_match_lora_names_and_records_the_rank_that_it_chose(tmp_path, capsys, m
     train.main(["--method", "gfa", "--match_lora", "8", *FAST, "--no-eval_before"])
     (out,) = (tmp_path / "runs").iterdir()
     summary = json.loads((out / "summary.json").read_text())
-    adapter = load_file(out / "adapter" / "adapter_model.safetensors")["adapter.lora_A"]
+    adapter = load_file(out / "adapter" / "adapter.safetensors")["adapter.lora_A"]
     rank = len(adapter)
     assert rank != 8 and summary["rank"] == rank and f"-gfa-r{rank}-" in out.name
     assert summary["trainable"] <= 71680            # LoRA's count at rank 8
-    record = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    record = json.loads((out / "adapter" / "adapter.json").read_text())
     assert record["rank"] == rank == json.loads((out / "args.json").read_text())["rank"]
     assert f"match_lora 8: rank {rank}\n" in capsys.readouterr().out
 
@@ -491,8 +491,8 @@ def observe(model, t, T):
     named = r"step 3: .*not finite: gradient of model\.layers\.1\.mlp\.up_proj\.lora_B \(1 in all\)"
     with pytest.raises(RuntimeError, match=named):
         run("--method", tmp_path / "mine.py", *FAST, "--save_steps", 2, "--no-eval_before", out=out)
-    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["step"] == 2
-    assert all(t.isfinite().all() for t in load_file(out / "adapter" / "adapter_model.safetensors").values())
+    assert json.loads((out / "adapter" / "adapter.json").read_text())["step"] == 2
+    assert all(t.isfinite().all() for t in load_file(out / "adapter" / "adapter.safetensors").values())
     assert not (out / "summary.json").exists() and len(metrics(out)) == 2
 
 
@@ -506,7 +506,7 @@ def test_what_a_last_step_leads_to_is_looked_at_before_it_is_saved(tmp_path, mon
     monkeypatch.setattr(train, "lr_at", lambda step, *rest: 1e20 if step == 2 else at(step, *rest))
     with pytest.raises(FloatingPointError, match=named):
         run(*FAST, "--max_steps", 9, "--save_steps", 1, "--no-eval_before", out=tmp_path / "b")
-    assert json.loads((tmp_path / "b" / "adapter" / "adapter_config.json").read_text())["step"] == 2
+    assert json.loads((tmp_path / "b" / "adapter" / "adapter.json").read_text())["step"] == 2
     assert [d.name for d in sorted((tmp_path / "b" / "resume").iterdir())] == ["00000001", "00000002"]
 
 
@@ -542,12 +542,12 @@ def test_an_adapter_that_is_not_finite_is_not_saved(tiny, tmp_path):
     model = injected(tiny).float()
     record = dict(method="lora", targets=["q_proj", "down_proj"], rank=4)
     checkpoint.save_adapter(tmp_path / "a", model, record)
-    held = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    held = load_file(tmp_path / "a" / "adapter.safetensors")
     for value in (math.nan, math.inf):
         model.model.layers[1].mlp.down_proj.lora_B.data[0, 0] = value
         with pytest.raises(ValueError, match=r"not saved: model\.layers\.1\.mlp\.down_proj\.lora_B is not "):
             checkpoint.save_adapter(tmp_path / "a", model, record)
-        again = load_file(tmp_path / "a" / "adapter_model.safetensors")
+        again = load_file(tmp_path / "a" / "adapter.safetensors")
         assert all(torch.equal(again[name], t) for name, t in held.items())
 
 
