@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
+from checkpoint import Parser
 from config import check_labels
 from data import tasks, text
 from decode import batches, generate
@@ -233,11 +234,6 @@ def evaluate_sets(model, tokenizer, module, sets, name_file=lambda name: None, *
 
 
 # ------------------------------------------------------------------------------------ command line
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):           # in one line, exit 2
-        self.exit(2, f"{self.prog}: error: {' '.join(str(message).splitlines())}\n")
-
 
 def shared_flags(p):
     """Flags that train.py has, too."""

@@ -22,8 +22,9 @@ from tqdm import tqdm
 import checkpoint
 import presets
 import runs
+from checkpoint import Parser
 from data import tasks, text
-from evaluate import Parser, evaluate_sets, mean_loss, nll, shared_flags
+from evaluate import evaluate_sets, mean_loss, nll, shared_flags
 from files import write_json
 from model import first_non_finite, targets_of
 
