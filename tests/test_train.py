@@ -231,6 +231,55 @@ def test_a_run_leaves_its_files(method, tiny, tmp_path, capsys):
     assert (merged(ids) - checkpoint.load(tiny)(ids)).abs().max() > 1e-3
 
 
+def held_out(tmp_path, capsys, sets, lines):
+    (tmp_path / "eval").mkdir()
+    for name, several in lines.items():
+        (tmp_path / "eval" / f"{name}.after.jsonl").write_text("".join(
+            json.dumps(dict(line, row=i)) + "\n" for i, line in enumerate(several)))
+    train.show(tmp_path, sets)
+    head, *shown = capsys.readouterr().out.splitlines()
+    assert head == "held-out rows after training" and len(shown) % 3 == 0 and len(shown) <= 9
+    assert all(len(line) <= 110 and line.isprintable() for line in shown)
+    assert [line[:12].split() for line in shown[:3]] == [["prompt"], ["output"], ["expected"]]
+    return [tuple(line[12:] for line in shown[i:i + 3]) for i in range(0, len(shown), 3)]
+
+
+def test_a_run_shows_three_held_out_rows_with_their_verdicts(tmp_path, capsys):
+    run(*FAST, "--no-eval_before", out=tmp_path / "run")
+    printed = capsys.readouterr().out.splitlines()
+    at = printed.index("held-out rows after training")
+    dump = [json.loads(line) for line in (tmp_path / "run" / "eval" / "two_step.after.jsonl").open()]
+    words = {True: "right", False: "wrong"}
+    assert printed[at + 3:at + 10:3] == [f"  expected  {line['answer']} -> {words[line['correct']]}"
+                                         for line in dump[:3]]
+    assert " ".join(dump[0]["output"].split()).startswith(printed[at + 2][12:50].strip())
+    assert printed[at + 1][12:50] in dump[0]["prompt"] and len(printed) == at + 11
+
+
+def test_held_out_rows_are_a_line_each_of_long_texts_both_ends_and_of_labels_the_names(tmp_path, capsys):
+    long = dict(instruction="Is it?\n\nA \x1b[1mtext", input="of many words" * 20 + " the end",
+                output="o" * 200, answer=7)
+    label = dict(text="a film", pair=None, label=1, answer="positive")
+    code = dict(instruction="Write f.", input="", prefix="def f():")
+    lines = dict(own=[dict(prompt="x", output="words " * 60 + "8.", correct=False)],
+                 sst2=[dict(prompt="a film", output=1, extracted="positive", correct=True)],
+                 mbpp=[dict(prompt="y", output="pass")])
+    found = held_out(tmp_path, capsys, {"a/own.json": [long] * 2, "sst2": [label], "mbpp": [code]}, lines)
+    assert found[0][0].startswith("Is it? A [1mtext of many") and found[0][0].endswith("the end")
+    assert found[0][1].startswith("words words") and " … " in found[0][1] and found[0][1].endswith(" 8.")
+    assert found[0][2] == "7 -> wrong" and found[1] == ("a film", "positive", "positive -> right")
+    assert found[2] == ("Write f.", "pass", "to pass its tests -> not scored")
+
+
+def test_of_one_set_three_rows_are_shown_and_of_a_short_one_all(tmp_path, capsys):
+    rows = [dict(instruction=f"{i}", output=f"{i}") for i in range(5)]
+    lines = [dict(prompt="", output=f"{i}", correct=True) for i in range(5)]
+    found = held_out(tmp_path, capsys, dict(a=rows), dict(a=lines))
+    assert found == [(f"{i}", f"{i}", f"{i} -> right") for i in range(3)]
+    shutil.rmtree(tmp_path / "eval")
+    assert len(held_out(tmp_path, capsys, dict(a=rows[:2]), dict(a=lines))) == 2
+
+
 def test_the_same_seed_gives_the_same_run_another_another(tmp_path):
     losses = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
