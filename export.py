@@ -95,9 +95,9 @@ def run(args):
 
 
 def main(argv=None):
-    p = checkpoint.Parser(prog="checkpoint.py", description=__doc__.split("\n")[1], allow_abbrev=False)
+    p = checkpoint.Parser(prog="checkpoint.py", description=__doc__.split("\n\n")[2], allow_abbrev=False)
     p.add_argument("adapter", help="adapter directory that train.py wrote")
-    p.add_argument("--to", required=True, choices=["peft", "lora", "merged"], help="see export.py")
+    p.add_argument("--to", required=True, choices=["peft", "lora", "merged"], help="which form")
     p.add_argument("--dest", required=True, help="directory to write, which is not there yet")
     p.add_argument("--model", help="Hugging Face directory or hub id; none: the adapter's")
     p.add_argument("--method", help="the adapter's method, where that is a .py file of your own: it is run")

@@ -111,6 +111,8 @@ def test_a_classifiers_trained_head_goes_to_peft_with_it(tmp_path):
     ids = torch.randint(3, 97, (2, 9))
     found = peft_logits(tmp_path / "base", tmp_path / "p", ids, "SequenceClassification", num_labels=3)
     torch.testing.assert_close(found, model(ids).detach(), rtol=0, atol=1e-4)
+    config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["classifier"]
 
 
 def test_full_fine_tuning_has_no_factors_and_dora_no_plain_lora(tmp_path, capsys):

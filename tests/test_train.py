@@ -271,6 +271,14 @@ def test_held_out_rows_are_a_line_each_of_long_texts_both_ends_and_of_labels_the
     assert found[2] == ("Write f.", "pass", "to pass its tests -> not scored")
 
 
+def test_a_held_out_text_is_cut_where_its_line_would_be_longer_than_110_columns(tmp_path, capsys):
+    texts = ["".join(map(str, range(60)))[:size] for size in (97, 98, 99)]
+    rows = [dict(instruction=words, output="x") for words in texts]
+    found = held_out(tmp_path, capsys, dict(a=rows), dict(a=[dict(prompt="", output="x", correct=True)] * 3))
+    cut = f"{texts[2][:47]} … {texts[2][-48:]}"
+    assert [prompt for prompt, *_ in found] == [*texts[:2], cut] and 12 + len(cut) == 110
+
+
 def test_of_one_set_three_rows_are_shown_and_of_a_short_one_all(tmp_path, capsys):
     rows = [dict(instruction=f"{i}", output=f"{i}") for i in range(5)]
     lines = [dict(prompt="", output=f"{i}", correct=True) for i in range(5)]
