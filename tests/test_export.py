@@ -144,6 +144,16 @@ def test_merged_afterwards_is_merged_by_the_run(method, tmp_path, capsys):
     assert {t.dtype for t in load_file(tmp_path / "b" / "model.safetensors").values()} == {torch.bfloat16}
 
 
+def test_a_base_in_float32_is_merged_as_it_is(tmp_path):
+    base(tmp_path / "base")
+    model, method = adapted(tmp_path / "base", tmp_path / "a", "lora", torch.randint(97, (2, 9)),
+                            dtype=torch.float32)
+    export.main([str(tmp_path / "a"), "--to", "merged", "--dest", str(tmp_path / "m")])
+    method.merge(model)
+    found = load_file(tmp_path / "m" / "model.safetensors")
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in found.items())
+
+
 def test_what_is_read_back_otherwise_is_not_written(tmp_path, monkeypatch, capsys):
     base(tmp_path / "base")
     adapted(tmp_path / "base", tmp_path / "a", "lora", torch.randint(97, (2, 9)))
