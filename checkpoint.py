@@ -1,8 +1,11 @@
 """
 What lies on disk: a Hugging Face directory, which becomes a model; method files, by name; an adapter
-(adapter_model.safetensors + adapter_config.json); the merged model as a Hugging Face directory. A directory
-that is written appears under its name only when it is whole.
+(adapter.safetensors + adapter.json); the merged model as a Hugging Face directory. A directory that is
+written appears under its name only when it is whole. To peft's files or a merged model, see export.py:
+
+    python checkpoint.py RUN/adapter --to peft --dest DIR
 """
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -25,6 +28,11 @@ from model import CausalLM
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "data" / "tiny"       # the bundled model
 SHARD_BYTES = 5_000_000_000
+
+
+class Parser(argparse.ArgumentParser):      # of each of our commands
+    def error(self, message):               # in one line, exit 2
+        self.exit(2, f"{self.prog}: error: {' '.join(str(message).splitlines())}\n")
 
 
 # -------------------------------------------------------------------------------- Hugging Face directories
@@ -258,8 +266,18 @@ def save_adapter(directory, model, record):
     if bad := [name for name, t in tensors.items() if not t.isfinite().all()]:
         raise ValueError(f"not saved: {bad[0]} is not finite ({len(bad)} such tensors)")
     with new_directory(directory) as part:
-        save_file(tensors, str(part / "adapter_model.safetensors"), metadata=header(model, record, tensors))
-        write_json(part / "adapter_config.json", record)
+        save_file(tensors, str(part / "adapter.safetensors"), metadata=header(model, record, tensors))
+        write_json(part / "adapter.json", record)
+
+
+def base_of(directory):
+    """The model that an adapter was trained on, as its record has it. ValueError where that is not there."""
+    named = read_json(Path(directory, "adapter.json")).get("model") or TINY
+    try:
+        resolve(named)
+    except ValueError as error:
+        raise ValueError(f"{error}, which {directory} was trained on: --model?") from None
+    return str(named)
 
 
 @contextmanager
@@ -299,11 +317,11 @@ def read_adapter(config, file):
 
 def load_adapter(model, directory, method=None):
     """
-    Injects the method that adapter_config.json names into a freshly loaded model, ours or transformers', and
-    fills it -> (method, record). It names one of the project's own; the file of another, which is code that
-    runs, the caller gives: `method`. ValueError names file and tensor; the model is of no use after it.
+    Injects the method that adapter.json names into a freshly loaded model, ours or transformers', and fills
+    it -> (method, record). It names one of the project's own; the file of another, which is code that runs,
+    the caller gives: `method`. ValueError names file and tensor; the model is of no use after it.
     """
-    config, file = Path(directory, "adapter_config.json"), Path(directory, "adapter_model.safetensors")
+    config, file = Path(directory, "adapter.json"), Path(directory, "adapter.safetensors")
     record, tensors, trained_at = read_adapter(config, file)
     named, own = record["method"], record.get("own") or {}
     if method is None and named not in method_files():
@@ -361,7 +379,7 @@ def merge(method, model, source, dtype, examples):
     """
     method.merge a layer at a time: in fp32, then rounded once to dtype, which the whole model is in then.
     Prints, and returns for summary.json, what rounding took of each update ΔW of the pretrained W (of
-    source), ‖W' - (W + ΔW)‖ / ‖ΔW‖, and how far log-probabilities of a few training examples moved.
+    source), ‖W' - (W + ΔW)‖ / ‖ΔW‖, and how far log-probabilities of a few training examples moved, if any.
     """
     files, changes = {key: at[0] for key, at in read_headers(tensor_files(resolve(source))).items()}, {}
 
@@ -371,7 +389,7 @@ def merge(method, model, source, dtype, examples):
         changes[name] = (exact.to(dtype) - exact).norm().item(), (exact - W).norm().item()
 
     model.eval().requires_grad_(False)
-    before, ran_in = model.losses(examples), next(model.parameters()).dtype
+    before, ran_in = model.losses(examples) if examples else None, next(model.parameters()).dtype
     for name, layer in [(name, m) for name, m in model.named_modules() if hasattr(m, "delta")]:
         seen, linear = layer.base.weight.dtype, merge_layer(method, model, name, layer)
         change(name, linear.weight, seen)
@@ -383,7 +401,8 @@ def merge(method, model, source, dtype, examples):
         for name, m in model.named_modules():
             if isinstance(m, nn.Linear) and f"{name}.weight" in files:
                 change(name, m.weight, m.weight.dtype)
-    moved = (model.to(dtype).losses(examples) - before).abs().max().item()
+    model.to(dtype)
+    moved = (model.losses(examples) - before).abs().max().item() if examples else None
     dtype, ran_in = (str(x).removeprefix("torch.") for x in (dtype, ran_in))
     return report_merge(changes, dtype, ran_in, moved, len(examples))
 
@@ -393,10 +412,10 @@ def report_merge(changes, dtype, ran_in, moved, count):
     share = {name: took / update if update else 0.0 for name, (took, update) in changes.items()}
     took, update = (math.hypot(*norms) for norms in zip(*changes.values()))
     worst, lost = max(share, key=share.get), took / update if update else 0.0
-    print(f"merged in {dtype}: rounding took {lost:.2%} of the update, at most {share[worst]:.2%} ({worst}); "
-          f"log-probabilities of {count} training rows moved by up to {moved:.3g}"
-          + f" (activations were {ran_in})" * (ran_in != dtype))
-    if moved > 0.5 and dtype != "float32":
+    print(f"merged in {dtype}: rounding took {lost:.2%} of the update, at most {share[worst]:.2%} ({worst})"
+          + (f"; log-probabilities of {count} training rows moved by up to {moved:.3g}"
+             + f" (activations were {ran_in})" * (ran_in != dtype) if count else ""))
+    if count and moved > 0.5 and dtype != "float32":
         print("--merge_dtype float32 would keep them")
     return dict(dtype=dtype, lost=lost, log_probability=moved, lost_by_module=share)
 
@@ -440,3 +459,9 @@ def save_merged(directory, model, source):
                 shutil.copyfile(source / file, part / file)
         if (file := part / "tokenizer_config.json").exists():   # the weights know our prompt, not a chat's
             write_json(file, {key: x for key, x in read_json(file).items() if key != "chat_template"})
+
+
+if __name__ == "__main__":
+    import export  # which imports this file under its name
+
+    export.main()

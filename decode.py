@@ -1,4 +1,4 @@
-"""Passes without a gradient: batches that fit, and generation, greedy or sampled."""
+"""Passes without a gradient: batches that fit, and generation, greedy or sampled, whole or as it comes."""
 import torch
 
 BATCH_TOKENS = 8192     # that one forward pass without gradient may see, pads and room for answers included
@@ -67,3 +67,21 @@ def generate(model, prompts, max_new_tokens, eos, vocabulary=None, temperature=0
             if each:
                 each(i, out[i])
     return out
+
+
+@torch.no_grad()
+def stream(model, tokenizer, prompt, max_new_tokens, temperature=0.0, top_p=1.0):
+    """Prints what follows a prompt (ids) as it comes, but no character before it is whole; ends the line."""
+    room, told = min(max_new_tokens, (tokenizer.longest or 2**31) - len(prompt)), 0
+
+    def ended(_, ids):
+        nonlocal told
+        closed = ids[-1] in tokenizer.eos
+        over = closed or len(ids) == room
+        words = tokenizer.continuation(prompt, ids[:len(ids) - closed])
+        if over or not words.endswith("\ufffd"):        # stands for bytes whose character may yet be whole
+            print(words[told:], end="\n" * over, flush=True)
+            told = len(words)
+        return over
+
+    generate_batch(model, [prompt], room, tokenizer.size, temperature, top_p, ended)

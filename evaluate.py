@@ -2,11 +2,13 @@
 Scores: likelihood, generation, classification, and the outputs on disk. train.py calls it; alone:
 
     python evaluate.py --model DIR [--adapter DIR] --task boolq --data DIR --limit 100
+    python evaluate.py --model DIR [--adapter DIR] --prompt "What is 2 + 3?"    # the answer; no text: asks
     python evaluate.py --list                                       # every task, and its files
 """
 import argparse
 import json
 import re
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +17,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
+from checkpoint import Parser
 from config import check_labels
 from data import tasks, text
-from decode import batches, generate
+from decode import batches, generate, stream
 from files import check, digest
 from model import first_non_finite
 
@@ -234,11 +237,6 @@ def evaluate_sets(model, tokenizer, module, sets, name_file=lambda name: None, *
 
 # ------------------------------------------------------------------------------------ command line
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):           # in one line, exit 2
-        self.exit(2, f"{self.prog}: error: {' '.join(str(message).splitlines())}\n")
-
-
 def shared_flags(p):
     """Flags that train.py has, too."""
     add, flag = p.add_argument, argparse.BooleanOptionalAction
@@ -252,9 +250,11 @@ def parse(argv):
     p = Parser(prog="evaluate.py", description=__doc__.split("\n")[1], allow_abbrev=False)
     add, flag = p.add_argument, argparse.BooleanOptionalAction
     add("--list", action="store_true", help="show every task: rows, metric, file, source; and stop")
-    add("--model", default=str(checkpoint.TINY), help="Hugging Face directory or hub id")
+    add("--model", help="Hugging Face directory or hub id; none: the adapter's, or the bundled one")
     add("--adapter", help="adapter directory that train.py wrote")
     add("--method", help="the adapter's method, where that is a .py file of your own: it is run")
+    add("--prompt", nargs="?", const=True, help="print the answer to it; no text: to lines, to an empty one")
+    add("--max_new_tokens", type=int, default=128, help="of --prompt; a task has its own")
     add("--task", default="arithmetic", help="family, set, or path to a .json / .jsonl")
     add("--data", default=".", help="directory of the data sets")
     add("--limit", type=int, help="rows per set")
@@ -266,11 +266,14 @@ def parse(argv):
     add("--seed", type=int, default=0)
     shared_flags(p)
     args = p.parse_args(argv)
-    for name, least, most in (("limit", 1, 2**31), ("n", 1, 10**4), ("seed", 0, 2**63 - 1)):
+    for name, least, most in (("limit", 1, 2**31), ("n", 1, 10**4), ("max_new_tokens", 1, 2**20),
+                              ("seed", 0, 2**63 - 1)):
         if (value := getattr(args, name)) is not None and not least <= value <= most:
             p.error(f"--{name} {value}, expected at least {least}, at most {most}")
     if empty := [name for name in ("model", "adapter", "method", "out") if getattr(args, name) == ""]:
         p.error(f"--{empty[0]} '', expected a path")
+    if args.prompt is not None and (args.out or args.score_only or args.n > 1):
+        p.error("--prompt prints one answer: no --out, --score_only or --n")
     if args.method and not args.adapter:
         p.error("--method is that of an adapter: give --adapter, too")
     if not 0 <= args.temperature <= 1e4 or 0 < args.temperature < 1e-4 or not 0 < args.top_p <= 1:
@@ -291,7 +294,7 @@ def contents(args, sets):
         own = [base / name for name in checkpoint.TEXT_FILES if (base / name).exists()]
         found["content of the model"] = digest(base / "config.json", *checkpoint.tensor_files(base), *own)
         if args.adapter:
-            files = ("adapter_config.json", "adapter_model.safetensors")
+            files = ("adapter.json", "adapter.safetensors")
             found["content of the adapter"] = digest(*(Path(args.adapter, name) for name in files))
     except (ValueError, OSError):
         if not args.score_only:
@@ -315,7 +318,7 @@ def check_out(out, settings, score_only):
         raise ValueError(f"{out}: exists already, and holds a run with other settings: {', '.join(other)}")
 
 
-def load_model(args, module, sets):
+def load_model(args, module=None, sets=()):
     """-> model with its adapter, tokenizer. A classifier without a head gets one, if one fits all sets."""
     device = checkpoint.pick_device(args.device)
     labels = {tasks.labels_of(module, name) for name in sets}
@@ -325,23 +328,45 @@ def load_model(args, module, sets):
                             num_labels=labels.pop() if len(labels) == 1 else None)
     for name in sets:                                           # with any of them, for load knows of one
         check_labels(vars(model.cfg), tasks.labels_of(module, name) or ())
-    tasks.check_kind(model, module)
+    if module:
+        tasks.check_kind(model, module)
+    elif "generate" not in model.KINDS:
+        raise ValueError(f"--prompt: a model of model_type {model.cfg.model_type!r} generates nothing")
     if args.adapter:
-        checkpoint.load_adapter(model, args.adapter, args.method)
+        named = checkpoint.load_adapter(model, args.adapter, args.method)[1].get("model") or args.model
+        if Path(named).resolve() != Path(args.model).resolve():
+            print(f"note: the adapter was trained on {named}")
     elif model.fresh_head:
         print("note: the checkpoint has no classification head, this one is random")
     return model, text.Tokenizer(args.model, model.cfg)
 
 
+def answer(args):
+    """Responds to --prompt; without a text to a line after the other, up to an empty one or none."""
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_model(args)
+    ask = lambda: input("> " * sys.stdin.isatty())
+    try:
+        for words in iter(ask, "") if args.prompt is True else [args.prompt]:
+            ids = text.prompt_ids(tokenizer, dict(instruction=words), args.max_new_tokens)
+            stream(model, tokenizer, ids, args.max_new_tokens, args.temperature, args.top_p)
+    except (EOFError, KeyboardInterrupt):
+        print(end="\n" * sys.stdin.isatty())
+
+
 def run(args):
     """Evaluates and prints what the flags say. ValueError or OSError, in one line."""
+    if args.model is None:
+        args.model = checkpoint.base_of(args.adapter) if args.adapter else str(checkpoint.TINY)
+    if args.prompt is not None:
+        return answer(args)
     module, args.task, names = tasks.find_task(args.task)
     if args.n > 1 and module.KIND == "classify":
         raise ValueError(f"--n {args.n}: a classifier has one answer")
     sets, absent = tasks.test_rows(module, names, args.data, args.limit)
     out = Path(args.out) if args.out else None
-    free = ("out", "score_only", "allow_code_execution", "rule", "device")  # what may differ when it goes on
-    settings = {key: value for key, value in vars(args).items() if key not in free}
+    may_differ = ("out", "score_only", "allow_code_execution", "rule", "device", "prompt", "max_new_tokens")
+    settings = {key: value for key, value in vars(args).items() if key not in may_differ}
     settings |= contents(args, sets) if out else {}
     check_out(out, settings, args.score_only)
     torch.manual_seed(args.seed)        # a head that the checkpoint lacks, sampling

@@ -58,12 +58,12 @@ TABLES = {
         id2label=named(TEXT), rope_theta=ROPE["rope_theta"], rope_scaling=ROPE, rope_parameters=ROPE),
     "generation_config.json": dict(eos_token_id=IDS),
     "model.safetensors.index.json": dict(weight_map=named(TEXT)),
-    "adapter_config.json": dict(
+    "adapter.json": dict(
         method=TEXT, targets=several(TEXT, 1), rank=whole(1), alpha=number(-1e30, 1e30), dropout=RATE,
         own=named(either(TEXT, SWITCH, number(-1e30, 1e30))), model=TEXT, step=whole()),
     "outputs": dict(row=whole(), prompt=TEXT, output=either(TEXT, whole())),
 }
-NEEDED = {"adapter_config.json": ("method", "targets", "rank"), "outputs": ("row", "prompt", "output")}
+NEEDED = {"adapter.json": ("method", "targets", "rank"), "outputs": ("row", "prompt", "output")}
 
 
 def check(obj, kind, where):

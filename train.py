@@ -22,8 +22,9 @@ from tqdm import tqdm
 import checkpoint
 import presets
 import runs
+from checkpoint import Parser
 from data import tasks, text
-from evaluate import Parser, evaluate_sets, mean_loss, nll, shared_flags
+from evaluate import evaluate_sets, mean_loss, nll, read_lines, shared_flags
 from files import write_json
 from model import first_non_finite, targets_of
 
@@ -299,6 +300,23 @@ def measure(when, args, model, tokenizer, task, sets, out):
     return found | {f"{when}_{name}": values for name, values in table.items()}
 
 
+def show(out, sets):
+    """Three held-out rows, of as many sets as can be: what was asked, answered, expected, and the verdict."""
+    def line(name, words, width=98):            # one printed line; of a long text its beginning and its end
+        words = " ".join("".join(c if c.isprintable() else " " for c in str(words)).split())
+        words = words if len(words) <= width else f"{words[:width // 2 - 2]} … {words[1 - width // 2:]}"
+        print(f"  {name:10}{words}")
+
+    print("held-out rows after training")
+    for name, i in [(name, i) for i in range(3) for name in sets if i < len(sets[name])][:3]:
+        row, held = sets[name][i], read_lines(out / "eval" / f"{Path(name).stem}.after.jsonl")[i]
+        asked = f"{row['instruction']} {row.get('input', '')}" if "instruction" in row else held["prompt"]
+        line("prompt", asked)
+        line("output", held["extracted"] if isinstance(held["output"], int) else held["output"])
+        verdict = {True: "right", False: "wrong"}.get(held.get("correct"), "not scored")
+        line("expected", f"{row.get('answer', row.get('output', 'to pass its tests'))} -> {verdict}")
+
+
 def log(out, bar, line):
     """A line of metrics.jsonl, and of the screen."""
     with open(out / "metrics.jsonl", "a") as f:
@@ -426,6 +444,7 @@ def train(args, method, run):
     bar.close()
 
     summary |= measure("after", args, model, tokenizer, task, sets, out)
+    show(out, sets)
     if absent:
         summary["absent"] = absent
         print(f"not found: {tasks.missing(task, absent)}; the mean is over the others")

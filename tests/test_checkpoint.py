@@ -38,7 +38,7 @@ def test_an_adapter_comes_back_with_its_settings(adapter, tiny):
     other = checkpoint.load(tiny)
     method, record = checkpoint.load_adapter(other, directory)
     assert record == RECORD and other.model.layers[0].self_attn.q_proj.scaling == 1.5
-    assert set(load_file(directory / "adapter_model.safetensors")) == {
+    assert set(load_file(directory / "adapter.safetensors")) == {
         f"model.layers.{i}.self_attn.q_proj.lora_{x}" for i in range(4) for x in "AB"}
     found = other.state_dict()
     assert all(torch.equal(found[name], t) for name, t in checkpoint.adapter_tensors(model).items())
@@ -206,7 +206,7 @@ def test_an_empty_adapter_is_not_written(tiny, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-TENSORS = "adapter_model.safetensors"
+TENSORS = "adapter.safetensors"
 
 
 def edit(directory, change, **other):
@@ -222,7 +222,7 @@ def edit(directory, change, **other):
 def rewrite(directory, **changes):
     """Another record, in both places."""
     record = dict(RECORD, **changes)
-    (directory / "adapter_config.json").write_text(json.dumps(record))
+    (directory / "adapter.json").write_text(json.dumps(record))
     edit(directory, lambda tensors: None, record=json.dumps(record, sort_keys=True))
 
 
@@ -234,14 +234,14 @@ def flip(directory):
 
 KEY = "model.layers.1.self_attn.q_proj.lora_A"
 BAD = {
-    "no directory": (lambda d: shutil.rmtree(d), r"adapter_config\.json: No such file"),
-    "no tensors": (lambda d: (d / "adapter_model.safetensors").unlink(),
-                   r"adapter_model\.safetensors: not a whole"),
-    "truncated": (lambda d: (d / "adapter_model.safetensors").write_bytes(b"12345678"),
-                  r"adapter_model\.safetensors: not a whole"),
-    "no method": (lambda d: (d / "adapter_config.json").write_text("{}"),
-                  r"adapter_config\.json: no 'method'"),
-    "unknown method": (lambda d: (d / "adapter_config.json").write_text(json.dumps(dict(RECORD, method="x"))),
+    "no directory": (lambda d: shutil.rmtree(d), r"adapter\.json: No such file"),
+    "no tensors": (lambda d: (d / "adapter.safetensors").unlink(),
+                   r"adapter\.safetensors: not a whole"),
+    "truncated": (lambda d: (d / "adapter.safetensors").write_bytes(b"12345678"),
+                  r"adapter\.safetensors: not a whole"),
+    "no method": (lambda d: (d / "adapter.json").write_text("{}"),
+                  r"adapter\.json: no 'method'"),
+    "unknown method": (lambda d: (d / "adapter.json").write_text(json.dumps(dict(RECORD, method="x"))),
                        r"method 'x'"),
     "a tensor too few": (lambda d: edit(d, lambda t: t.pop(KEY)), rf"tensor {KEY} is missing"),
     "a tensor too many": (lambda d: edit(d, lambda t: t.update({"lora_z": torch.ones(2)})),
@@ -254,11 +254,11 @@ BAD = {
     "another number": (lambda d: flip(d), r"its header and tensors are not those that were saved"),
     "no seal": (lambda d: save_file(load_file(d / TENSORS), d / TENSORS),
                 r"its header does not say what it holds: train again"),
-    "another rank": (lambda d: (d / "adapter_config.json").write_text(json.dumps(dict(RECORD, rank=1))),
-                     r"adapter_config\.json: rank 1, saved was 2"),
+    "another rank": (lambda d: (d / "adapter.json").write_text(json.dumps(dict(RECORD, rank=1))),
+                     r"adapter\.json: rank 1, saved was 2"),
     "another scale": (lambda d: edit(d, lambda t: None, scaling="[2.0]"),
                       r"was trained at the scale \[2\.0\], which is \[1\.5\] here"),
-    "a flag of no method": (lambda d: rewrite(d, own={"k": 2}), r"adapter_config\.json: lora takes no k 2"),
+    "a flag of no method": (lambda d: rewrite(d, own={"k": 2}), r"adapter\.json: lora takes no k 2"),
     "a rank of a text": (lambda d: rewrite(d, rank="2"), r"rank '2', expected a whole number from 1"),
     "a rank too large": (lambda d: rewrite(d, rank=129), r"rank 129 for .*, expected 1 to "),
     "another shape": (lambda d: edit(d, lambda t: t.update({KEY: torch.ones(2, 3)})),

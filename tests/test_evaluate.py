@@ -1,4 +1,5 @@
 """evaluate.py: the template, generation and scoring batched and alone, the choice of a task, the command."""
+import io
 import json
 import math
 import re
@@ -479,7 +480,7 @@ def test_the_command_runs_alone_with_an_adapter(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--adapter", "nowhere"], "nowhere/adapter_config.json: No such file"),
+    (["--adapter", "nowhere"], "nowhere/adapter.json: No such file"),
     (["--model", "nowhere"], "nowhere: no such model directory"),
     (["--task", "x"], "task 'x', expected one of"),
     (["--task", "boolq"], "found none of commonsense/boolq.json, boolq.json, dataset/boolq/test.json "
@@ -494,6 +495,8 @@ def test_the_command_runs_alone_with_an_adapter(tiny, tmp_path):
     (["--device", "meta"], "device 'meta': "),
     (["--score_only"], "--score_only: no outputs in --out None"),
     (["--n", "4"], "--n 4: greedy outputs are all the same"),
+    (["--prompt", "x", "--out", "y"], "--prompt prints one answer: no --out"),
+    (["--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens 0, expected at least 1"),
     (["--top_p", "0"], "expected 0 or more, and 0 < top_p <= 1"),
     (["--task", "math"], ".: not found: MultiArith (math/MultiArith.json, from LLM-Adapters, "
                          "dataset/MultiArith/test.json); gsm8k"),
@@ -605,3 +608,87 @@ def test_a_line_of_outputs_that_is_none_is_one_clear_error(line, message, tmp_pa
     file.write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError, match=message):
         E.evaluate(None, None, arithmetic, rows, file)
+
+
+# ------------------------------------------------------------------------------------ --prompt
+
+def test_a_stream_is_the_text_in_parts_and_no_part_has_half_a_character(tok, monkeypatch):
+    want, parts = "an ñ → 😀\ufffd, and \u65e5\u672c.", []
+    ids = tok.encode(want)
+    assert len(ids) > len(want)                         # characters of several tokens
+    monkeypatch.setattr(tok, "eos", tok.encode("Z"))    # a token that no decoder leaves out
+    monkeypatch.setattr("builtins.print", lambda words, end, flush: parts.append(words + end))
+
+    def batch(model, prompts, room, vocabulary, temperature, top_p, ended):
+        assert (room, vocabulary, temperature, top_p) == (len(ids) + 1, tok.size, 0.5, 0.9)
+        over = [ended(0, new[:i + 1]) for i in range(len(new))]
+        assert not any(over[:-1]) and over[-1]
+    monkeypatch.setattr(D, "generate_batch", batch)
+    for new in (ids + tok.eos, [*ids, ids[-1]]):        # closed, or out of room
+        parts.clear()
+        D.stream(None, tok, tok.encode("x:"), len(ids) + 1, 0.5, 0.9)
+        assert "".join(parts) == want + "." * (new[-1] == ids[-1]) + "\n"
+        assert sum("\ufffd" in part for part in parts) == 1 and len(parts) > len(want) / 2
+
+
+@pytest.fixture
+def answers(capsys):
+    def run(*flags):
+        E.main([*map(str, flags)])
+        return capsys.readouterr().out
+    return run
+
+
+def test_prompt_answers_in_the_trained_template_by_the_bundled_model(answers, tok, tiny):
+    asked = "Tom has 3 pens and buys 4. How many has he?"
+    net, prompt = checkpoint.load(tiny), text.prompt_ids(tok, dict(instruction=asked))
+    [ids] = D.generate(net, [prompt], 128, tok.eos, tok.size)
+    assert answers("--prompt", asked) == tok.continuation(prompt, ids) + "\n"
+    assert answers("--prompt", asked, "--max_new_tokens", 3) == tok.continuation(prompt, ids[:3]) + "\n"
+    drawn = [answers("--prompt", asked, "--temperature", 2, "--seed", seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_prompt_without_a_text_answers_line_by_line_until_an_empty_one(answers, monkeypatch):
+    one, two = (answers("--prompt", words) for words in ("1 + 1", "2 + 2"))
+    for lines in ("1 + 1\n2 + 2\n\n3 + 3\n", "1 + 1\n2 + 2\n", "1 + 1\n2 + 2"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        assert answers("--prompt") == one + two
+
+
+def test_an_answer_ends_where_the_models_positions_do(answers, tok, monkeypatch):
+    found = []
+    monkeypatch.setattr(D, "generate_batch", lambda model, prompts, room, *rest: found.append(
+        (len(prompts[0]), room)))
+    answers("--prompt", "a " * 800, "--max_new_tokens", 2000)
+    answers("--prompt", "a", "--max_new_tokens", 2000)
+    short = len(text.prompt_ids(tok, dict(instruction="a")))
+    assert tok.longest == 512 and found == [(256, 256), (short, 512 - short)]
+
+
+def test_an_adapters_base_is_the_default_and_another_one_is_said(answers, tiny, tmp_path):
+    torch.manual_seed(0)
+    base = checkpoint.load(tiny)
+    with torch.no_grad():
+        base.model.layers[0].mlp.up_proj.weight.normal_()
+    checkpoint.save_merged(tmp_path / "base", base, tiny)
+    lora = checkpoint.load_method("lora")
+    lora.inject(base, ("q_proj",), 2)
+    checkpoint.save_adapter(tmp_path / "a", base, dict(method="lora", targets=["q_proj"], rank=2,
+                                                       model=str(tmp_path / "base")))
+    flags = "--adapter", tmp_path / "a", "--prompt", "1 + 1"
+    found = answers(*flags)
+    assert found == answers("--model", tmp_path / "base", "--prompt", "1 + 1")
+    assert found == answers(*flags, "--model", tmp_path / "base") != answers("--prompt", "1 + 1")
+    note = f"note: the adapter was trained on {tmp_path / 'base'}\n"
+    assert answers(*flags, "--model", tiny) == note + answers("--prompt", "1 + 1")
+
+
+def test_a_classifier_is_not_asked_for_words(tmp_path, capsys):
+    tf = pytest.importorskip("transformers")
+    tf.RobertaForMaskedLM(tf.RobertaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=40)).save_pretrained(tmp_path / "m")
+    with pytest.raises(SystemExit):
+        E.main(["--model", str(tmp_path / "m"), "--prompt", "x"])
+    assert "--prompt: a model of model_type 'roberta' generates nothing" in capsys.readouterr().err

@@ -229,7 +229,7 @@ def spoil_header(rng, raw, sealed=False):
                                         ("tensors", "cps_lora")])
 def test_a_header_is_refused_or_loads_the_same_tensors(kind, name, world):
     base, adapter = world / "llama", name and world / name
-    file = adapter / "adapter_model.safetensors" if name else base / "model.safetensors"
+    file = adapter / "adapter.safetensors" if name else base / "model.safetensors"
     want, raw, loaded = logits(base, adapter), file.read_bytes(), 0
     for i in range(CASES[kind] // (3 if name else 1)):
         file.write_bytes(spoil_header(random.Random(f"{kind} {name} {i}"), raw, sealed=bool(name)))
@@ -270,7 +270,7 @@ def test_a_generation_config_is_refused_or_names_ids(world):
 def test_a_record_is_refused_or_loads_the_same_adapter(name, world):
     base, adapter = world / "llama", world / name
     want = logits(base, adapter)
-    for words in mutants(name, CASES["record"] // 3, adapter / "adapter_config.json"):
+    for words in mutants(name, CASES["record"] // 3, adapter / "adapter.json"):
         found = outcome(lambda: logits(base, adapter))
         assert found is None or torch.equal(found, want), words
 

@@ -237,7 +237,7 @@ def tiny_llama():
 
 @pytest.mark.parametrize("k, hybrid", [(2, 0), (4, 4)])
 def test_a_saved_adapter_loads_into_peft(k, hybrid, tmp_path):
-    """The tensors of adapter_model.safetensors, mapped as the header says, under peft's names and config."""
+    """The tensors of adapter.safetensors, mapped as the header says, under peft's names and config."""
     peft = pytest.importorskip("peft")
     model, targets, ids = tiny_llama(), ("q_proj", "v_proj", "down_proj"), torch.randint(61, (2, 9))
     base = copy.deepcopy(model)
@@ -252,7 +252,7 @@ def test_a_saved_adapter_loads_into_peft(k, hybrid, tmp_path):
              "lora_A_general": ("gralora_A_general.weight", lambda t: t),
              "lora_B_general": ("gralora_B_general.weight", lambda t: t)}
     tensors = {}
-    for name, t in load_file(tmp_path / "ours" / "adapter_model.safetensors").items():
+    for name, t in load_file(tmp_path / "ours" / "adapter.safetensors").items():
         module, leaf = name.rsplit(".", 1)
         new, convert = names[leaf]
         tensors[f"base_model.model.{module}.{new}"] = convert(t).contiguous()

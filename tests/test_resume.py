@@ -140,7 +140,7 @@ def forks(tmp_path_factory):
 
 
 def tensors(out, adapter="adapter"):
-    return load_file(out / adapter / "adapter_model.safetensors")
+    return load_file(out / adapter / "adapter.safetensors")
 
 
 def assert_same_bits(a, b):
@@ -234,7 +234,7 @@ def test_an_interrupt_ends_the_step_saves_and_says_how_to_go_on(stopped, forks, 
     assert "Traceback" not in printed
     assert printed.endswith("stopped by SIGINT: the same command with --resume "
                             f"--out_dir {directory / 'run'} goes on after step 3\n")
-    assert json.loads((directory / "run" / "adapter" / "adapter_config.json").read_text())["step"] == 3
+    assert json.loads((directory / "run" / "adapter" / "adapter.json").read_text())["step"] == 3
     for name, flags in (("a", ["--resume"]), ("b", ["--resume", "--out_dir"])):
         flags = [*flags, tmp_path / name]
         shutil.copytree(directory / "run", tmp_path / name)
@@ -411,12 +411,12 @@ def test_a_full_disk_ends_a_run_and_leaves_what_was_saved_whole(stopped, forks, 
     """No file may be longer than the adapter is: the states do not fit."""
     directory, _ = stopped
     whole, out = directory / "whole", tmp_path / "run"
-    size = (whole / "adapter" / "adapter_model.safetensors").stat().st_size
+    size = (whole / "adapter" / "adapter.safetensors").stat().st_size
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
     status, printed = forks.run(*SMALL, "--save_steps", 2, "--out_dir", out, before=limit)
     assert status == 1 and "File too large" in printed
     assert not list((out / "resume").iterdir()) and not (out / "summary.json").exists()
-    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["step"] == 2
+    assert json.loads((out / "adapter" / "adapter.json").read_text())["step"] == 2
     assert tensors(out).keys() == tensors(whole).keys() and leftovers(tmp_path) == []
     assert forks.run(*SMALL, "--resume", out)[0] == 0           # from its first step
     assert_same_bits(tensors(out), tensors(whole))

@@ -7,13 +7,14 @@ from conftest import ROOT
 import checkpoint
 
 OURS = {"train", "evaluate", "data", "checkpoint", "config", "files", "decode", "model", "presets",
-        "distributed", "runs"}
+        "distributed", "runs", "export"}
 MAY = {
     "train.py": OURS - {"train"},
     "evaluate.py": {"data", "checkpoint", "config", "files", "decode", "model"},
     "data/text.py": {"checkpoint"},
     "data/tasks.py": set(),                         # it finds task files, and imports them by name
-    "checkpoint.py": {"config", "files", "model"},
+    "checkpoint.py": {"config", "files", "model", "export"},        # export: as a command alone
+    "export.py": {"checkpoint", "files"},
     "config.py": {"model"},
     "files.py": set(),
     "decode.py": set(),

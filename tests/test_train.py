@@ -231,6 +231,63 @@ def test_a_run_leaves_its_files(method, tiny, tmp_path, capsys):
     assert (merged(ids) - checkpoint.load(tiny)(ids)).abs().max() > 1e-3
 
 
+def held_out(tmp_path, capsys, sets, lines):
+    (tmp_path / "eval").mkdir()
+    for name, several in lines.items():
+        (tmp_path / "eval" / f"{name}.after.jsonl").write_text("".join(
+            json.dumps(dict(line, row=i)) + "\n" for i, line in enumerate(several)))
+    train.show(tmp_path, sets)
+    head, *shown = capsys.readouterr().out.splitlines()
+    assert head == "held-out rows after training" and len(shown) % 3 == 0 and len(shown) <= 9
+    assert all(len(line) <= 110 and line.isprintable() for line in shown)
+    assert [line[:12].split() for line in shown[:3]] == [["prompt"], ["output"], ["expected"]]
+    return [tuple(line[12:] for line in shown[i:i + 3]) for i in range(0, len(shown), 3)]
+
+
+def test_a_run_shows_three_held_out_rows_with_their_verdicts(tmp_path, capsys):
+    run(*FAST, "--no-eval_before", out=tmp_path / "run")
+    printed = capsys.readouterr().out.splitlines()
+    at = printed.index("held-out rows after training")
+    dump = [json.loads(line) for line in (tmp_path / "run" / "eval" / "two_step.after.jsonl").open()]
+    words = {True: "right", False: "wrong"}
+    assert printed[at + 3:at + 10:3] == [f"  expected  {line['answer']} -> {words[line['correct']]}"
+                                         for line in dump[:3]]
+    assert " ".join(dump[0]["output"].split()).startswith(printed[at + 2][12:50].strip())
+    assert printed[at + 1][12:50] in dump[0]["prompt"] and len(printed) == at + 11
+
+
+def test_held_out_rows_are_a_line_each_of_long_texts_both_ends_and_of_labels_the_names(tmp_path, capsys):
+    long = dict(instruction="Is it?\n\nA \x1b[1mtext", input="of many words" * 20 + " the end",
+                output="o" * 200, answer=7)
+    label = dict(text="a film", pair=None, label=1, answer="positive")
+    code = dict(instruction="Write f.", input="", prefix="def f():")
+    lines = dict(own=[dict(prompt="x", output="words " * 60 + "8.", correct=False)],
+                 sst2=[dict(prompt="a film", output=1, extracted="positive", correct=True)],
+                 mbpp=[dict(prompt="y", output="pass")])
+    found = held_out(tmp_path, capsys, {"a/own.json": [long] * 2, "sst2": [label], "mbpp": [code]}, lines)
+    assert found[0][0].startswith("Is it? A [1mtext of many") and found[0][0].endswith("the end")
+    assert found[0][1].startswith("words words") and " … " in found[0][1] and found[0][1].endswith(" 8.")
+    assert found[0][2] == "7 -> wrong" and found[1] == ("a film", "positive", "positive -> right")
+    assert found[2] == ("Write f.", "pass", "to pass its tests -> not scored")
+
+
+def test_a_held_out_text_is_cut_where_its_line_would_be_longer_than_110_columns(tmp_path, capsys):
+    texts = ["".join(map(str, range(60)))[:size] for size in (97, 98, 99)]
+    rows = [dict(instruction=words, output="x") for words in texts]
+    found = held_out(tmp_path, capsys, dict(a=rows), dict(a=[dict(prompt="", output="x", correct=True)] * 3))
+    cut = f"{texts[2][:47]} … {texts[2][-48:]}"
+    assert [prompt for prompt, *_ in found] == [*texts[:2], cut] and 12 + len(cut) == 110
+
+
+def test_of_one_set_three_rows_are_shown_and_of_a_short_one_all(tmp_path, capsys):
+    rows = [dict(instruction=f"{i}", output=f"{i}") for i in range(5)]
+    lines = [dict(prompt="", output=f"{i}", correct=True) for i in range(5)]
+    found = held_out(tmp_path, capsys, dict(a=rows), dict(a=lines))
+    assert found == [(f"{i}", f"{i}", f"{i} -> right") for i in range(3)]
+    shutil.rmtree(tmp_path / "eval")
+    assert len(held_out(tmp_path, capsys, dict(a=rows[:2]), dict(a=lines))) == 2
+
+
 def test_the_same_seed_gives_the_same_run_another_another(tmp_path):
     losses = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -278,16 +335,16 @@ def test_validation_keeps_the_best_adapter_beside_the_last(tmp_path, capsys):
     last, best = summary["last"], summary["best"]
     assert len(values) == 3 and last["step"] == 3 and round(last["loss_val"], 4) == values[-1]
     assert round(best["loss_val"], 4) == min(values) and values[best["step"] - 1] == min(values)
-    best = json.loads((out / "adapter-best" / "adapter_config.json").read_text())
+    best = json.loads((out / "adapter-best" / "adapter.json").read_text())
     assert best["method"] == "lora"
-    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["step"] == 3
+    assert json.loads((out / "adapter" / "adapter.json").read_text())["step"] == 3
 
 
 def test_the_bf16_base_stays_bf16_and_adapters_train_in_fp32(tmp_path):
     out = tmp_path / "run"
     run(*FAST, "--dtype", "bfloat16", "--merge_dtype", "bfloat16", "--no-eval_before", "--merge", out=out)
     dtypes = lambda file: {t.dtype for t in load_file(file).values()}
-    assert dtypes(out / "adapter" / "adapter_model.safetensors") == {torch.float32}
+    assert dtypes(out / "adapter" / "adapter.safetensors") == {torch.float32}
     assert dtypes(out / "merged" / "model.safetensors") == {torch.bfloat16}
 
 
@@ -305,7 +362,7 @@ def test_compiled_blocks_train_alike(tiny, tmp_path):
             *flags, out=tmp_path / name)
     a, b = metrics(tmp_path / "a"), metrics(tmp_path / "b")
     assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-3)
-    saved = load_file(tmp_path / "b" / "adapter" / "adapter_model.safetensors")
+    saved = load_file(tmp_path / "b" / "adapter" / "adapter.safetensors")
     assert not any("_orig_mod" in key for key in saved)
 
 
@@ -424,11 +481,11 @@ def test_match_lora_names_and_records_the_rank_that_it_chose(tmp_path, capsys, m
     train.main(["--method", "gfa", "--match_lora", "8", *FAST, "--no-eval_before"])
     (out,) = (tmp_path / "runs").iterdir()
     summary = json.loads((out / "summary.json").read_text())
-    adapter = load_file(out / "adapter" / "adapter_model.safetensors")["adapter.lora_A"]
+    adapter = load_file(out / "adapter" / "adapter.safetensors")["adapter.lora_A"]
     rank = len(adapter)
     assert rank != 8 and summary["rank"] == rank and f"-gfa-r{rank}-" in out.name
     assert summary["trainable"] <= 71680            # LoRA's count at rank 8
-    record = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    record = json.loads((out / "adapter" / "adapter.json").read_text())
     assert record["rank"] == rank == json.loads((out / "args.json").read_text())["rank"]
     assert f"match_lora 8: rank {rank}\n" in capsys.readouterr().out
 
@@ -491,8 +548,8 @@ def observe(model, t, T):
     named = r"step 3: .*not finite: gradient of model\.layers\.1\.mlp\.up_proj\.lora_B \(1 in all\)"
     with pytest.raises(RuntimeError, match=named):
         run("--method", tmp_path / "mine.py", *FAST, "--save_steps", 2, "--no-eval_before", out=out)
-    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["step"] == 2
-    assert all(t.isfinite().all() for t in load_file(out / "adapter" / "adapter_model.safetensors").values())
+    assert json.loads((out / "adapter" / "adapter.json").read_text())["step"] == 2
+    assert all(t.isfinite().all() for t in load_file(out / "adapter" / "adapter.safetensors").values())
     assert not (out / "summary.json").exists() and len(metrics(out)) == 2
 
 
@@ -506,7 +563,7 @@ def test_what_a_last_step_leads_to_is_looked_at_before_it_is_saved(tmp_path, mon
     monkeypatch.setattr(train, "lr_at", lambda step, *rest: 1e20 if step == 2 else at(step, *rest))
     with pytest.raises(FloatingPointError, match=named):
         run(*FAST, "--max_steps", 9, "--save_steps", 1, "--no-eval_before", out=tmp_path / "b")
-    assert json.loads((tmp_path / "b" / "adapter" / "adapter_config.json").read_text())["step"] == 2
+    assert json.loads((tmp_path / "b" / "adapter" / "adapter.json").read_text())["step"] == 2
     assert [d.name for d in sorted((tmp_path / "b" / "resume").iterdir())] == ["00000001", "00000002"]
 
 
@@ -542,12 +599,12 @@ def test_an_adapter_that_is_not_finite_is_not_saved(tiny, tmp_path):
     model = injected(tiny).float()
     record = dict(method="lora", targets=["q_proj", "down_proj"], rank=4)
     checkpoint.save_adapter(tmp_path / "a", model, record)
-    held = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    held = load_file(tmp_path / "a" / "adapter.safetensors")
     for value in (math.nan, math.inf):
         model.model.layers[1].mlp.down_proj.lora_B.data[0, 0] = value
         with pytest.raises(ValueError, match=r"not saved: model\.layers\.1\.mlp\.down_proj\.lora_B is not "):
             checkpoint.save_adapter(tmp_path / "a", model, record)
-        again = load_file(tmp_path / "a" / "adapter_model.safetensors")
+        again = load_file(tmp_path / "a" / "adapter.safetensors")
         assert all(torch.equal(again[name], t) for name, t in held.items())
 
 
