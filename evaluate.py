@@ -239,32 +239,36 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).splitlines())}\n")
 
 
-def shared_flags(p):
-    """Flags that train.py has, too."""
-    add, flag = p.add_argument, argparse.BooleanOptionalAction
-    add("--rule", default="strict", choices=["strict", "paper"], help="of math; paper: as LLM-Adapters")
-    add("--allow_code_execution", action=flag, default=False, help="run generated code, see data/sandbox.py")
+def shared_flags(add, score):
+    """Flags that train.py has, too; two groups' add_argument."""
+    flag = argparse.BooleanOptionalAction
+    score("--rule", default="strict", choices=["strict", "paper"], help="of math; paper: as LLM-Adapters")
+    score("--allow_code_execution", action=flag, default=False, help="run generated code: data/sandbox.py")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the frozen model")
-    add("--device", default="auto")
+    add("--device", default="auto", help="auto: a GPU, if there is one")
 
 
 def parse(argv):
     p = Parser(prog="evaluate.py", description=__doc__.split("\n")[1], allow_abbrev=False)
-    add, flag = p.add_argument, argparse.BooleanOptionalAction
-    add("--list", action="store_true", help="show every task: rows, metric, file, source; and stop")
+    group, flag = lambda title: p.add_argument_group(title).add_argument, argparse.BooleanOptionalAction
+    add = what = group("what")
+    add("--list", action="store_true", help="show every task and training mix, and their sources; and stop")
     add("--model", default=str(checkpoint.TINY), help="Hugging Face directory or hub id")
     add("--adapter", help="adapter directory that train.py wrote")
     add("--method", help="the adapter's method, where that is a .py file of your own: it is run")
+    add = group("data")
     add("--task", default="arithmetic", help="family, set, or path to a .json / .jsonl")
     add("--data", default=".", help="directory of the data sets")
     add("--limit", type=int, help="rows per set")
+    add = group("output")
     add("--out", help="directory for the outputs, <set>.jsonl; the same command goes on with a stopped run")
     add("--score_only", action=flag, default=False, help="score the outputs in --out again, without a model")
+    add = score = group("evaluation")
     add("--n", type=int, default=1, help="outputs a row, for pass@k")
     add("--temperature", type=float, default=0.0, help="0: greedy")
     add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens of this probability")
     add("--seed", type=int, default=0)
-    shared_flags(p)
+    shared_flags(what, score)
     args = p.parse_args(argv)
     for name, least, most in (("limit", 1, 2**31), ("n", 1, 10**4), ("seed", 0, 2**63 - 1)):
         if (value := getattr(args, name)) is not None and not least <= value <= most:
