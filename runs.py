@@ -8,6 +8,7 @@ and resume/, the last two states that a stopped run can go on from, each a direc
 """
 import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -29,7 +30,7 @@ try:
 except ImportError:         # Windows: no lock
     fcntl = None
 
-FREE = ("out_dir", "overwrite", "resume", "log_every", "save_steps")    # flags that may differ after a stop
+FREE = ("out_dir", "overwrite", "resume", "log_every", "save_steps", "lr_from")     # may differ after a stop
 
 
 # ------------------------------------------------------------------------------------ whose a directory is
@@ -189,6 +190,24 @@ def read_state(directory, run, device):
 
 # ------------------------------------------------------------------------------------ a run at work
 
+def peak_memory_mb(device):
+    """Peak of the GPU's allocations, or of the process's resident set (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss           # bytes on a Mac, else kB
+    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def clock(seconds):
+    """0:07, 59:59, 1h00."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02}" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}"
+
+
 class Run:
     """
     out, its directory; step, the last one that was begun; signal, the one that asks it to stop, or 0. As a
@@ -347,6 +366,15 @@ class Run:
         log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= self.step))
         print(f"goes on after step {self.step}: {self.out}")
         return more
+
+    def log(self, line, steps, elapsed, pace):
+        """A line of metrics.jsonl, and of the screen: of `steps`, `elapsed` seconds so far, `pace` a step."""
+        with open(self.out / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+        print(f"step {line['step']:{len(str(steps))}}/{steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  "
+              f"grad {line['grad_norm']:.3g}  {line['tokens_per_second']:,.0f} tok/s  "
+              f"{line['peak_memory_mb'] / 2**10:.1f} GB  {clock(elapsed)}, "
+              f"{clock((steps - line['step']) * pace)} left", flush=True)
 
     def steps(self, last):
         """The numbers of the steps to take; here a signal waits for the end of the step."""
