@@ -41,7 +41,8 @@ def parse(argv):
     add("--model", "--base_model", "--model_name_or_path",
         help="Hugging Face directory or hub id; none: the bundled model, with --preset tiny")
     add("--preset", help="defaults by name, those of the papers' tables")
-    add("--list_presets", action="store_true", default=argparse.SUPPRESS, help="show them, and stop")
+    add("--list_presets", action="store_true", default=argparse.SUPPRESS,
+        help="show each one's name, paper, table, model and what it sets; and stop")
     early = first.parse_known_args(argv)[0]
     if "list_presets" in early:
         print(presets.listing())

@@ -68,7 +68,7 @@ def train_rows(module, directory, task, mix=None):
 
 
 def mix_source(name):
-    return f"{name} from {MIXES.get(name, 'its own source')}"
+    return f"{name}: {MIXES.get(name, 'see its task file')}"
 
 
 def forecast(module, sets, before, examples, seen):

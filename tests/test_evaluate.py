@@ -437,7 +437,7 @@ def test_the_list_shows_every_task(capsys):
     assert "math/SVAMP.json" in line and "from LLM-Adapters" in line
     clone = "git clone https://github.com/AGI-Edgerunners/LLM-Adapters, then --data LLM-Adapters"
     assert mixes[0] == f"LLM-Adapters: {clone}"
-    assert f"commonsense  commonsense_170k from {clone}" in mixes
+    assert f"commonsense  commonsense_170k: {clone}" in mixes
     assert len(mixes) == 2 + sum(len(getattr(module, "MIXES", ())) for module in tasks.task_files()) > 10
 
 
@@ -459,8 +459,8 @@ def test_every_training_mix_has_a_source_and_one_that_is_missing_is_told_where_i
             continue
         with pytest.raises(ValueError, match=f"^{tmp_path}: found none of .*{names[0]}") as error:
             tasks.train_rows(module, tmp_path, module.FAMILY)
-        assert all(f"{name} from {tasks.MIXES[name]}" in str(error.value) for name in names)
-        with pytest.raises(ValueError, match=f"training mixes: {names[1]} from [^;]*$"):
+        assert all(f"{name}: {tasks.MIXES[name]}" in str(error.value) for name in names)
+        with pytest.raises(ValueError, match=f"training mixes: {names[1]}: [^;]*$"):
             tasks.train_rows(module, tmp_path, module.FAMILY, names[1])
 
 
