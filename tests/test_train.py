@@ -293,12 +293,19 @@ def test_validation_keeps_the_best_adapter_beside_the_last(tmp_path, capsys):
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["step"] == 3
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "glora"])
+@pytest.mark.parametrize("method", ["lora", "full", "glora", "mine"])
 def test_select_best_evaluates_keeps_and_merges_the_best_of_validation(method, tiny, tmp_path, monkeypatch):
     """The validation losses are made up, so that the second of three steps is the best."""
     losses, out = iter([5.0, 1.0, 2.0, 3.0]), tmp_path / "run"
     monkeypatch.setattr(train, "mean_loss", lambda _: next(losses))
     flags = ["--reinit_every", "1s"] if method == "glora" else []
+    if method == "mine":                # a file whose merge knows its layers by their class
+        method = tmp_path / "mine.py"
+        method.write_text(VARIANT + '''
+def merge(model, before=merge):
+    assert any(isinstance(m, LoRALinear) for m in model.modules())
+    before(model)
+''', encoding="utf-8")
     flags += [*FAST, "--method", method, "--val_rows", 8, "--lr", 0.01, "--warmup_steps", 0]
     summary = run(*flags, "--no-eval_before", "--eval_every", 1, "--select", "best", "--merge", out=out)
     assert summary["selected"] == summary["best"] == dict(step=2, loss_val=1.0)
@@ -308,7 +315,7 @@ def test_select_best_evaluates_keeps_and_merges_the_best_of_validation(method, t
     assert files[0] == files[1] and len(files[0]) == 2
     rows = arithmetic.rows(None, "two_step", "test")[:4]
     best, merged = checkpoint.load(tiny), checkpoint.load(out / "merged")
-    checkpoint.load_adapter(best, out / "adapter-best")
+    checkpoint.load_adapter(best, out / "adapter-best", method)
     examples = text.encode(text.Tokenizer(tiny, best.cfg), rows, 512)[0]
     loss = evaluate.mean_loss(evaluate.nll(best, examples))
     assert summary["loss_after"] == pytest.approx(loss, rel=1e-5)
