@@ -48,7 +48,7 @@ DEFAULTS = {"k": (2, "clusters per side"),
             "reference": ("longest", "what the cosine is taken with", ("longest", "mean", "first"))}
 COMMON = {"reinit_every": "1"}
 # On the bundled model: two stages, as in the paper.
-TINY = {"lr": 5e-3, "max_steps": 300, "reinit_every": None, "reinit_at": 150}
+TINY = {"lr": 5e-3, "max_steps": 300, "reinit_every": "150s"}
 PRESET = "cps_lora"                     # whose rows of presets.py apply
 
 

@@ -232,39 +232,61 @@ def evaluate_sets(model, tokenizer, module, sets, name_file=lambda name: None, *
             table.setdefault(measure, {})[name] = value
     if hasattr(module, "NOTE"):
         print(f"note: {module.NOTE}")
+    tasks.explain(table)
     return {measure: {"mean": sum(v.values()) / len(v), **v} for measure, v in table.items()}
+
+
+def show(out, sets):
+    """Three held-out rows, of as many sets as can be: what was asked, answered, expected, and the verdict."""
+    def line(name, words, width=98):            # one printed line; of a long text its beginning and its end
+        words = " ".join("".join(c if c.isprintable() else " " for c in str(words)).split())
+        words = words if len(words) <= width else f"{words[:width // 2 - 2]} … {words[1 - width // 2:]}"
+        print(f"  {name:10}{words}")
+
+    print("held-out rows after training")
+    for name, i in [(name, i) for i in range(3) for name in sets if i < len(sets[name])][:3]:
+        row, held = sets[name][i], read_lines(out / "eval" / f"{Path(name).stem}.after.jsonl")[i]
+        asked = f"{row['instruction']} {row.get('input', '')}" if "instruction" in row else held["prompt"]
+        line("prompt", asked)
+        line("output", held["extracted"] if isinstance(held["output"], int) else held["output"])
+        verdict = {True: "right", False: "wrong"}.get(held.get("correct"), "not scored")
+        line("expected", f"{row.get('answer', row.get('output', 'to pass its tests'))} -> {verdict}")
 
 
 # ------------------------------------------------------------------------------------ command line
 
-def shared_flags(p):
-    """Flags that train.py has, too."""
-    add, flag = p.add_argument, argparse.BooleanOptionalAction
-    add("--rule", default="strict", choices=["strict", "paper"], help="of math; paper: as LLM-Adapters")
-    add("--allow_code_execution", action=flag, default=False, help="run generated code, see data/sandbox.py")
+def shared_flags(add, score):
+    """Flags that train.py has, too; two groups' add_argument."""
+    flag = argparse.BooleanOptionalAction
+    score("--rule", default="strict", choices=["strict", "paper"], help="of math; paper: as LLM-Adapters")
+    score("--allow_code_execution", action=flag, default=False, help="run generated code: data/sandbox.py")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the frozen model")
-    add("--device", default="auto")
+    add("--device", default="auto", help="auto: a GPU, if there is one")
 
 
 def parse(argv):
     p = Parser(prog="evaluate.py", description=__doc__.split("\n")[1], allow_abbrev=False)
-    add, flag = p.add_argument, argparse.BooleanOptionalAction
-    add("--list", action="store_true", help="show every task: rows, metric, file, source; and stop")
+    group, flag = lambda title: p.add_argument_group(title).add_argument, argparse.BooleanOptionalAction
+    add = what = group("what")
+    add("--list", action="store_true", help="show every task and training mix, and their sources; and stop")
     add("--model", help="Hugging Face directory or hub id; none: the adapter's, or the bundled one")
     add("--adapter", help="adapter directory that train.py wrote")
     add("--method", help="the adapter's method, where that is a .py file of your own: it is run")
     add("--prompt", nargs="?", const=True, help="print the answer to it; no text: to lines, to an empty one")
     add("--max_new_tokens", type=int, default=128, help="of --prompt; a task has its own")
+    add = group("data")
     add("--task", default="arithmetic", help="family, set, or path to a .json / .jsonl")
     add("--data", default=".", help="directory of the data sets")
     add("--limit", type=int, help="rows per set")
+    add = group("output")
     add("--out", help="directory for the outputs, <set>.jsonl; the same command goes on with a stopped run")
     add("--score_only", action=flag, default=False, help="score the outputs in --out again, without a model")
+    add = score = group("evaluation")
     add("--n", type=int, default=1, help="outputs a row, for pass@k")
     add("--temperature", type=float, default=0.0, help="0: greedy")
     add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens of this probability")
     add("--seed", type=int, default=0)
-    shared_flags(p)
+    shared_flags(what, score)
     args = p.parse_args(argv)
     for name, least, most in (("limit", 1, 2**31), ("n", 1, 10**4), ("max_new_tokens", 1, 2**20),
                               ("seed", 0, 2**63 - 1)):

@@ -5,6 +5,7 @@ PRESETS[name]["all"] holds for every method, PRESETS[name][METHOD] overrides it.
 PRESET (which a copy of the file keeps), or else its name. What suits the bundled model, preset `tiny`, the
 method file says itself, as TINY. SOURCES[name] is (paper, its table, its model).
 """
+import textwrap
 from pathlib import Path
 
 import torch
@@ -34,6 +35,27 @@ def dropped(name, method):
     given = {flag: PRESETS[name]["all"].get(flag) for flag in ("alpha", "dropout")}
     return [flag for flag, value in given.items()
             if value and takes(method) and not takes(method, **{flag: value})]
+
+
+def describe(name, method, args):
+    """Prints whose rows of preset `name` hold for this method, the values in `args`, what was left out."""
+    _, own, owner = rows(name, method)
+    print(f"preset {name}, for {owner}: "
+          + (", ".join(f"{flag} {args[flag]}" for flag in own) or "no flags of its own"))
+    if left := dropped(name, method):
+        print(f"left out of it: {', '.join(left)}, for which {owner} has no place")
+
+
+def listing():
+    """What --list_presets shows: of each its name, paper, table and model, and what it sets for whom."""
+    lines = ["NAME: paper, table, model; what it sets for every method, then for single ones"]
+    for name, preset in PRESETS.items():
+        lines += ["", f"{name}: {', '.join(SOURCES[name])}"]
+        for whose, flags in preset.items():
+            words = ", ".join(f"{flag} {value}" for flag, value in flags.items())
+            lines += textwrap.wrap(f"{whose}: {words}", 80, initial_indent="  ", subsequent_indent="      ",
+                                   break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def takes(method, **given):
@@ -81,7 +103,7 @@ GLORA_MIX = CPS_MIX | dict(commonsense="commonsense_15k")                       
 for task, model, ratio, exact, oversample, randomized, other, rates in GLORA:
     preset = {
         "all": dict(task=task, rank=8, targets="attention", batch_size=4, epochs=10, warmup_steps=500,
-                    dropout=0.05, val_rows=1200, lr=other, mix=GLORA_MIX[task]),
+                    dropout=0.05, val_rows=1200, select="best", lr=other, mix=GLORA_MIX[task]),
         **{method: dict(lr=lr) for method, lr in rates.items()}}
     preset["rosa"] = preset.get("rosa", {}) | dict(reinit_every="2")        # Table 16: four times, as G-LoRA
     # Table 18; 0.3 % of the targets' weights, 6.4M on LLaMA2-7B, is the reading that LoRA's 8.4M is near.

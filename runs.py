@@ -12,6 +12,7 @@ each in a directory named after its step, with AdamW three times as large as the
 import itertools
 import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -32,7 +33,7 @@ try:
 except ImportError:         # Windows: no lock
     fcntl = None
 
-FREE = ("out_dir", "overwrite", "resume", "log_every", "save_steps")    # flags that may differ after a stop
+FREE = ("out_dir", "overwrite", "resume", "log_every", "save_steps", "lr_from")     # may differ after a stop
 
 
 # ------------------------------------------------------------------------------------ whose a directory is
@@ -201,6 +202,24 @@ def newest_state(out, device):
 
 # ------------------------------------------------------------------------------------ a run at work
 
+def peak_memory_mb(device):
+    """Peak of the GPU's allocations, or of the process's resident set (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss           # bytes on a Mac, else kB
+    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def clock(seconds):
+    """0:07, 59:59, 1h00."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02}" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}"
+
+
 class Run:
     """As a context it listens to signals, and lets its lock go at the end."""
     out, held = None, None      # its directory, and the lock that it has
@@ -341,6 +360,15 @@ class Run:
             log.truncate(sum(map(len, kept)))               # steps rise, and only the last line may be torn
         print(f"goes on after step {self.step}: {self.out}")
         return state["more"] if state else {}
+
+    def log(self, line, steps, elapsed, pace):
+        """A line of metrics.jsonl, and of the screen: of `steps`, `elapsed` seconds so far, `pace` a step."""
+        with open(self.out / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+        print(f"step {line['step']:{len(str(steps))}}/{steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  "
+              f"grad {line['grad_norm']:.3g}  {line['tokens_per_second']:,.0f} tok/s  "
+              f"{line['peak_memory_mb'] / 2**10:.1f} GB  {clock(elapsed)}, "
+              f"{clock((steps - line['step']) * pace)} left", flush=True)
 
     def steps(self, last):
         """The numbers of the steps to take; here a signal waits for the end of the step."""

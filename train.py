@@ -17,28 +17,37 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import checkpoint
 import presets
 import runs
 from checkpoint import Parser
 from data import tasks, text
-from evaluate import evaluate_sets, mean_loss, nll, read_lines, shared_flags
-from files import write_json
+from evaluate import evaluate_sets, mean_loss, nll, shared_flags, show
+from files import new_directory, write_json
 from model import first_non_finite, targets_of
 
 # ------------------------------------------------------------------------------------ command line
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):         # no "(default: None)"
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse(argv):
     """-> args, method. Command line > preset (its method's rows > all) > method's COMMON > add_flags."""
     first = Parser(prog="train.py", add_help=False, allow_abbrev=False)
-    first.add_argument("--method", default="lora",
-                       help=f"{', '.join(checkpoint.method_files())}, or a path to a .py file")
-    first.add_argument("--preset", help=f"defaults by name: {', '.join(presets.PRESETS)}")
-    first.add_argument("--model", "--base_model", "--model_name_or_path",
-                       help="Hugging Face directory or hub id; none: the bundled model, with --preset tiny")
+    add = first.add_argument_group("what").add_argument
+    add("--method", default="lora", help=f"{', '.join(checkpoint.method_files())}, or a path to a .py file")
+    add("--model", "--base_model", "--model_name_or_path",
+        help="Hugging Face directory or hub id; none: the bundled model, with --preset tiny")
+    add("--preset", help="defaults by name, those of the papers' tables")
+    add("--list_presets", action="store_true", default=argparse.SUPPRESS,
+        help="show each one's name, paper, table, model and what it sets; and stop")
     early = first.parse_known_args(argv)[0]
+    if "list_presets" in early:
+        print(presets.listing())
+        first.exit()
     name = early.preset or (None if early.model else "tiny")
     try:
         method = checkpoint.load_method(early.method)
@@ -46,29 +55,39 @@ def parse(argv):
     except ValueError as error:
         first.error(error)
     p = Parser(prog="train.py", parents=[first], allow_abbrev=False, description=__doc__.split("\n")[1],
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+               formatter_class=Help, usage="%(prog)s [--flag value ..]")
     add_flags(p, method)
-    flags = vars(p.parse_args([]))          # every flag's name
-    for defaults in (getattr(method, "COMMON", {}), shared, own, dict(preset=name)):    # the later one wins
+    flags, lr_from = vars(p.parse_args([])), "train.py's default"       # flags: every one's name
+    for whose, defaults in ((f"{Path(early.method).stem}'s own default", getattr(method, "COMMON", {})),
+                            (f"preset {name}", shared | own | dict(preset=name))):      # the later one wins
         if unknown := [flag for flag in defaults if flag not in flags]:
             p.error(f"{method.__file__}: no flag --{unknown[0]}, for which it or preset {name} has a default")
         p.set_defaults(**defaults)
-    args = p.parse_args(argv)
+        lr_from = whose if "lr" in defaults else lr_from
+    args = p.parse_args(argv)       # its lr is the default's very object, or a new one
+    args.lr_from = lr_from if args.lr is p.get_default("lr") else "the command line"
     check(p, args, method)
     return args, method
 
 
 def add_flags(p, method):
-    add, flag = p.add_argument, argparse.BooleanOptionalAction
-    add("--rank", "--lora_r", type=int, default=8, help="rank r of the update")
-    add("--alpha", "--lora_alpha", type=float, help="scale is alpha / rank; none: the method's own rule")
-    add("--dropout", "--lora_dropout", type=float, default=0.0, help="on the adapter's input")
-    add("--targets", "--target_modules", default="all", help="all, attention, or module names: q_proj,v_proj")
+    group, flag = lambda title: p.add_argument_group(title).add_argument, argparse.BooleanOptionalAction
+    add = group("data")
     add("--task", default="commonsense", help="family, set, or path to a .json / .jsonl of your own")
     add("--data", default=".", help="directory of the data sets")
     add("--mix", help="training mix of the task's family, as commonsense_170k; none: the first that is there")
     add("--train_rows", type=int, help="use the first N training rows")
     add("--val_rows", type=int, default=0, help="split off N training rows; keeps the best adapter, too")
+    add("--max_len", "--cutoff_len", type=int, default=512, help="tokens; a longer prompt loses its start")
+    add("--train_on_prompt", action=flag, default=False, help="loss on the prompt, too")
+    add = group("method")
+    add("--rank", "--lora_r", type=int, default=8, help="rank r of the update")
+    add("--alpha", "--lora_alpha", type=float, help="scale is alpha / rank; none: the method's own rule")
+    add("--dropout", "--lora_dropout", type=float, default=0.0, help="on the adapter's input")
+    add("--targets", "--target_modules", default="all", help="all, attention, or module names: q_proj,v_proj")
+    add("--reinit_every", help="re-initialise every N epochs ('2', '0.5') or steps ('60s'), or none")
+    add("--reinit_at", type=int, help="one re-initialisation after N steps")
+    add = loop = group("loop")
     add("--epochs", "--num_epochs", type=float, default=3.0, help="passes over the training rows")
     add("--max_steps", type=int, help="optimizer steps, instead of --epochs")
     add("--lr", "--learning_rate", type=float, default=3e-4, help="peak learning rate")
@@ -77,29 +96,27 @@ def add_flags(p, method):
     add("--warmup_steps", type=int, default=0, help="linear warm-up")
     add("--warmup_ratio", type=float, default=0.0, help="share of the steps, instead of --warmup_steps")
     add("--schedule", default="linear", choices=["linear", "cosine", "constant"], help="after the warm-up")
-    add("--optimizer", default="adamw", choices=["adamw", "lion"])
-    add("--weight_decay", type=float, default=0.0)
+    add("--optimizer", default="adamw", choices=["adamw", "lion"], help="unless the method has its own")
+    add("--weight_decay", type=float, default=0.0, help="decoupled from the gradient")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
-    add("--max_len", "--cutoff_len", type=int, default=512,
-        help="tokens per example; a longer prompt loses its start")
-    add("--train_on_prompt", action=flag, default=False, help="loss on the prompt, too")
-    add("--reinit_every", help="re-initialise every N epochs ('2', '0.5') or steps ('60s'), or none")
-    add("--reinit_at", type=int, help="one re-initialisation after N steps")
-    add("--seed", type=int, default=42)
+    add("--seed", type=int, default=42, help="of the data's order, dropout, what inject draws")
     add("--compile", action=flag, default=False, help="torch.compile the blocks; needs a C++ compiler")
     add("--checkpointing", action=flag, default=False, help="recompute activations: less memory, slower")
+    add = evaluation = group("evaluation")
     add("--eval_limit", type=int, help="evaluate on the first N rows of each set")
     add("--eval_every", type=int, help="validation loss every N steps; none: every epoch, with --val_rows")
     add("--eval_before", action=flag, default=True, help="evaluate before training, too")
-    add("--log_every", type=int, default=10)
+    add("--select", default="last", choices=["last", "best"], help="adapter to keep; best: by --val_rows")
+    add = group("output")
+    add("--log_every", type=int, default=10, help="a line every N steps")
     add("--save_steps", type=int, help="save the adapter, and what --resume goes on from, every N steps")
     add("--merge", action=flag, default=False, help="also write the merged model, a Hugging Face directory")
     add("--merge_dtype", choices=["float32", "bfloat16"], help="none: float32 on a CPU, else --dtype's")
     add("--out_dir", "--output_dir", help="none: runs/<task>-<method>-r<rank>-<time>")
     add("--overwrite", action=flag, default=False, help="replace the run that is in out_dir")
     add("--resume", nargs="?", const=True, metavar="RUN", help="go on with a stopped run; none: in out_dir")
-    shared_flags(p)
-    add = p.add_argument_group(f"{Path(method.__file__).name}'s own").add_argument
+    shared_flags(loop, evaluation)
+    add = group(f"{Path(method.__file__).name}'s own")
     for name, (default, words, *choices) in method.DEFAULTS.items():        # words: the help
         kind = dict(action=flag) if isinstance(default, bool) else dict(type=type(default))
         if choices:
@@ -139,6 +156,8 @@ def check(p, args, method):
              f"--merge: {getattr(method, 'NOT_MERGEABLE', '')}"),
             (args.eval_every and not args.val_rows,
              "--eval_every computes the validation loss: it needs --val_rows"),
+            (args.select == "best" and not args.val_rows,
+             "--select best takes the adapter with the least validation loss: it needs --val_rows"),
             ((args.reinit_every or args.reinit_at) and not hasattr(method, "reinit"),
              f"--reinit_every, --reinit_at: {args.method} does not re-initialise")]:
         if wrong:
@@ -223,18 +242,6 @@ def check_finite(model, step, loss, norm, batch):
                        "This step was not taken; what was saved is kept. Lower --lr?")
 
 
-def peak_memory_mb(device):
-    """Peak of the GPU's allocations, or of the process's resident set (0 where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss           # bytes on a Mac, else kB
-    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
-
-
 # ------------------------------------------------------------------------------------ set-up
 
 def adapt(args, method, model):
@@ -262,16 +269,14 @@ def describe(args, method, model, examples, cut, steps, epoch_steps):
     print(f"{args.method}: {f'{adapted} modules' if adapted else 'all weights'}, "
           f"{trainable:,} trainable parameters, {100 * trainable / size:.3f} % of the model's {size:,}"
           + (f", and {head:,} of its head" if head else ""))
-    print(f"batch {args.micro_batch_size} x {args.batch_size // args.micro_batch_size} = {args.batch_size}, "
-          f"{steps} steps of {epoch_steps} an epoch, peak learning rate {args.lr:g}")
+    passes = args.batch_size // args.micro_batch_size
+    print(f"{steps} steps of {args.batch_size} examples ({passes} forward pass{'es' * (passes > 1)} of "
+          f"{args.micro_batch_size} each); an epoch is {epoch_steps} steps")
     print(f"{len(examples)} examples, {sum(len(ids) for ids, _ in examples):,} tokens, "
-          f"{cut} truncated to {args.max_len}", flush=True)
+          f"{cut} truncated to {args.max_len}")
+    print(f"peak learning rate {args.lr:g}, from {args.lr_from}")
     if args.preset:
-        _, own, owner = presets.rows(args.preset, method)
-        words = ", ".join(f"{flag} {getattr(args, flag)}" for flag in own) or "no flags of its own"
-        print(f"preset {args.preset}, for {owner}: {words}")
-        if left := presets.dropped(args.preset, method):
-            print(f"left out of it: {', '.join(left)}, for which {owner} has no place")
+        presets.describe(args.preset, method, vars(args))
     return trainable
 
 
@@ -300,36 +305,10 @@ def measure(when, args, model, tokenizer, task, sets, out):
     return found | {f"{when}_{name}": values for name, values in table.items()}
 
 
-def show(out, sets):
-    """Three held-out rows, of as many sets as can be: what was asked, answered, expected, and the verdict."""
-    def line(name, words, width=98):            # one printed line; of a long text its beginning and its end
-        words = " ".join("".join(c if c.isprintable() else " " for c in str(words)).split())
-        words = words if len(words) <= width else f"{words[:width // 2 - 2]} … {words[1 - width // 2:]}"
-        print(f"  {name:10}{words}")
-
-    print("held-out rows after training")
-    for name, i in [(name, i) for i in range(3) for name in sets if i < len(sets[name])][:3]:
-        row, held = sets[name][i], read_lines(out / "eval" / f"{Path(name).stem}.after.jsonl")[i]
-        asked = f"{row['instruction']} {row.get('input', '')}" if "instruction" in row else held["prompt"]
-        line("prompt", asked)
-        line("output", held["extracted"] if isinstance(held["output"], int) else held["output"])
-        verdict = {True: "right", False: "wrong"}.get(held.get("correct"), "not scored")
-        line("expected", f"{row.get('answer', row.get('output', 'to pass its tests'))} -> {verdict}")
-
-
-def log(out, bar, line):
-    """A line of metrics.jsonl, and of the screen."""
-    with open(out / "metrics.jsonl", "a") as f:
-        f.write(json.dumps(line) + "\n")
-    words = (f"step {line['step']:5}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  "
-             f"grad {line['grad_norm']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
-    bar.set_postfix_str(words) if not bar.disable else print(words, flush=True)
-
-
 def validate(model, examples, step, summary, out, record):
     """The validation loss, into the summary; the adapter with the least so far is kept as adapter-best."""
     last = summary["last"] = dict(step=step, loss_val=mean_loss(nll(model, examples)))
-    tqdm.write(f"step {step:5}  validation loss {last['loss_val']:.4f}")
+    print(f"step {step}: validation loss {last['loss_val']:.4f}", flush=True)
     if "best" not in summary or last["loss_val"] < summary["best"]["loss_val"]:
         summary["best"] = last
         checkpoint.save_adapter(out / "adapter-best", model, record | {"step": step})
@@ -358,7 +337,8 @@ def train(args, method, run):
         torch.manual_seed(args.seed)        # a new classification head, what inject draws, dropout
         device = checkpoint.pick_device(args.device)
         dtype = checkpoint.pick_dtype(args.dtype, device, args.model)
-        model = checkpoint.load(args.model, dtype, device, tasks.labels_of(task, args.task))
+        base = lambda: checkpoint.load(args.model, dtype, device, tasks.labels_of(task, args.task))
+        model = base()
         tasks.check_kind(model, task)
         tokenizer = text.Tokenizer(args.model, model.cfg)
         examples, cut = text.encode(tokenizer, rows, args.max_len, args.train_on_prompt)
@@ -383,7 +363,12 @@ def train(args, method, run):
                    inject_seconds=injected - began, reinit_seconds=[])
     summary |= resumed.get("summary", {})
     started = time.perf_counter() - resumed.get("seconds", 0)
-    if args.eval_before and not resumed:
+    if (args.reinit_every or args.reinit_at) and not reinits:
+        print(f"note: {steps} steps end before the first re-initialisation (--reinit_every "
+              f"{args.reinit_every}, --reinit_at {args.reinit_at}; an epoch is {epoch_steps} steps)")
+    before = args.eval_before and not resumed
+    tasks.forecast(task, sets, before, examples, steps * args.batch_size)
+    if before:
         summary |= measure("before", args, model, tokenizer, task, sets, out)
 
     model.checkpointing = args.checkpointing
@@ -393,7 +378,6 @@ def train(args, method, run):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model.train()
-    bar = tqdm(total=steps, initial=run.step, disable=None, desc="train")
     pace = resumed.get("pace", [])          # (tokens, seconds) of each step; of those before a resume, in one
     speed = lambda pace: sum(tokens for tokens, _ in pace) / sum(seconds for _, seconds in pace)
     shuffled = None
@@ -423,16 +407,16 @@ def train(args, method, run):
             method.reinit(model, optimizer)
             summary["reinit_seconds"].append(clock() - reinit_began)
             adapted = sum(hasattr(m, "delta") for m in model.modules())
-            tqdm.write(f"step {step}: re-initialised, {adapted} modules")
+            print(f"step {step}: re-initialised, {adapted} modules", flush=True)
             if args.compile:        # new shapes add up to dynamo's limit, where it falls back to eager
                 torch.compiler.reset()
         pace.append((seen, time.perf_counter() - began))
-        bar.update()
 
         if step % args.log_every == 0 or step == steps:
-            log(out, bar, dict(step=step, loss=loss, lr=args.lr * factor, grad_norm=norm.item(),
-                               tokens_per_second=speed(pace[-args.log_every:]),
-                               peak_memory_mb=peak_memory_mb(device)))
+            run.log(dict(step=step, loss=loss, lr=args.lr * factor, grad_norm=norm.item(),
+                         tokens_per_second=speed(pace[-args.log_every:]),
+                         peak_memory_mb=runs.peak_memory_mb(device)),
+                    steps, time.perf_counter() - started, sum(seconds for _, seconds in pace) / step)
         if held_out and (step % (args.eval_every or epoch_steps) == 0 or step == steps):
             validate(model, held_out, step, summary, out, record)
         if step == steps or run.signal or (args.save_steps and step % args.save_steps == 0):
@@ -441,8 +425,15 @@ def train(args, method, run):
             if args.save_steps or run.signal:       # SIGINT, SIGTERM: the run ends in this line
                 run.save(model, optimizer, summary=summary, seconds=time.perf_counter() - started,
                          pace=[[sum(column) for column in zip(*pace)]])
-    bar.close()
 
+    if args.select == "best":               # on a fresh base, as a method may have rewritten this one
+        del model, optimizer                # for two do not fit where one just does
+        model, best = base(), out / "adapter-best"
+        method, _ = checkpoint.load_adapter(model, best, args.method)
+        with new_directory(out / "adapter") as part:
+            shutil.copytree(best, part, dirs_exist_ok=True)
+        summary["selected"] = summary["best"]
+        print(f"selected: the adapter of step {summary['best']['step']}, the best on the validation rows")
     summary |= measure("after", args, model, tokenizer, task, sets, out)
     show(out, sets)
     if absent:

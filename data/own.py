@@ -2,10 +2,13 @@
 A user's own file: --task path/to/mine.json (a list) or mine.jsonl (one row a line), either also as .gz.
 
     {"instruction": "Name the capital of France.", "input": "", "output": "It is Paris.", "answer": "Paris"}
+    {"prompt": "Q: What is the capital of France?\\nA:", "completion": " It is Paris.", "answer": "Paris"}
 
-Of a row these four fields are read, whatever others it has: `instruction` and `output` are texts, `input` is
-one or missing, `answer` a text or a number or missing. A tenth of the rows (at most 1000) is held out, drawn
-by a fixed seed, so that train.py and evaluate.py agree.
+A file's rows have the first form, which the one template makes a prompt of, or the second, whose prompt is
+given to the model as it is. Of a row these fields are read, whatever others it has: `instruction`, `output`,
+`prompt`, `completion` are texts, `input` is one or missing, `answer` a text or a number or missing. Chats
+(`messages`) are refused. A tenth of the rows (at most 1000) is held out, drawn by a fixed seed, so that
+train.py and evaluate.py agree.
 Metric: with `answer`, the output ends with it, as a whole word or number, in any case, before any closing
 . ! ? " ' ) and the marks of **5**, $5$, \\boxed{5}; without, the output equals the row's.
 """
@@ -17,11 +20,22 @@ from data.text import read
 
 FAMILY, KIND, MAX_NEW_TOKENS, STOP = "own", "generate", 128, ()
 TASKS = {}      # named by their path
-FIELDS = ("instruction", "input", "output", "answer")
+CHAT = ("messages", "conversations")
+
+
+def form(row):
+    """The texts that every row of a file has, by its first; none of a chat, which `wrong` refuses."""
+    keys = row.keys() if isinstance(row, dict) else ()
+    if "instruction" not in keys and "prompt" in keys:
+        return "prompt", "completion"
+    return () if "instruction" not in keys and any(key in keys for key in CHAT) else ("instruction", "output")
 
 
 def wrong(number, row):
-    """What is wrong with a row's answer, or None."""
+    """What is wrong with a row, but for its texts, or None."""
+    if not form(row):
+        return (f'row {number} is a chat; convert it to {{"prompt", "completion"}}: all before the last '
+                "answer, as your chat template writes it, and that answer")
     answer = row.get("answer", 0)
     number_or_text = type(answer) in (int, float) and abs(answer) < math.inf or (
         isinstance(answer, str) and answer.strip() and not re.search("[\ud800-\udfff]", answer))
@@ -31,8 +45,14 @@ def wrong(number, row):
 
 def rows(directory, task, split):
     """task is the file's path, taken from the working directory; `directory` (--data) is not used."""
-    found = read("", [task], wrong=wrong)
-    found = [{name: row[name] for name in FIELDS if name in row} for row in found]
+    found = read("", [task], form, wrong=wrong)
+    fields = ("instruction", "input", "output", "answer")
+    if "instruction" not in found[0]:
+        fields = ("prompt", "output", "answer")
+        found = [row | dict(output=row["completion"]) for row in found]
+    found = [{name: row[name] for name in fields if name in row} for row in found]
+    if empty := [number for number, row in enumerate(found, 1) if row.get("prompt") == ""]:
+        raise ValueError(f"{task}: row {empty[0]}: prompt '', expected a text of at least one character")
     if len(found) < 2:
         raise ValueError(f"{task}: {len(found)} row, expected at least 2: one to train on and one held out")
     random.Random(0).shuffle(found)

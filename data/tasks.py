@@ -2,6 +2,15 @@
 import importlib
 from pathlib import Path
 
+ADAPTERS = "git clone https://github.com/AGI-Edgerunners/LLM-Adapters, then --data LLM-Adapters"
+REBUILT = "made for this project from others, not published"
+MIXES = {       # where a user gets the file of a training mix; in LLM-Adapters they lie in ft-training_set/
+    "commonsense_15k": ADAPTERS, "commonsense_170k": ADAPTERS, "train_15k_rebuilt": REBUILT,
+    "math_10k": ADAPTERS, "math_7k": ADAPTERS, "train_gsm8k_mawps_aquadev": REBUILT,
+    "codealpaca_20k": "https://github.com/sahil280114/codealpaca, data/code_alpaca_20k.json",
+    "code_alpaca_20k": "https://github.com/sahil280114/codealpaca, data/code_alpaca_20k.json",
+    "data-evol_instruct-decontaminated": "https://hf.co/datasets/ise-uiuc/Magicoder-Evol-Instruct-110K"}
+
 
 def task_files():
     """The modules of this directory that define TASKS."""
@@ -35,11 +44,13 @@ def test_rows(module, sets, directory, limit=None):
         except FileNotFoundError as error:
             absent.append(name)
             reason = str(error)
-    if not found and len(absent) > 1:
-        raise ValueError(f"{directory}: not found: {missing(module, absent)}")
     if not found:
-        source = module.TASKS.get(absent[0], {}).get("source")      # a user's own file has none
-        raise ValueError(f"{reason}; from {source}" if source else reason)
+        source = module.TASKS.get(absent[0], {}).get("source", "")  # a user's own file has none
+        if len(absent) > 1:
+            reason = f"{directory}: not found: {missing(module, absent)}"
+        elif source:
+            reason += f"; from {source}"
+        raise ValueError(reason + f"; {ADAPTERS}" * ("LLM-Adapters" in source))
     return found, absent
 
 
@@ -49,7 +60,41 @@ def train_rows(module, directory, task, mix=None):
         if mix:
             raise ValueError(f"mix {mix!r}: task family {module.FAMILY!r} has no mixes to choose from")
         return module.rows(directory, task, "train")
-    return module.rows(directory, task, "train", mix)
+    try:
+        return module.rows(directory, task, "train", mix)
+    except FileNotFoundError as error:
+        names = [mix] if mix in module.MIXES else module.MIXES
+        raise ValueError(f"{error}; training mixes: {'; '.join(map(mix_source, names))}") from None
+
+
+def mix_source(name):
+    return f"{name}: {MIXES.get(name, 'see its task file')}"
+
+
+def forecast(module, sets, before, examples, seen):
+    """
+    Says how much evaluation after training, or `before` too, generates; and where that may take longer than
+    training, which sees `seen` of these examples, how to have less. A classifier only reads its rows.
+    """
+    mean = sum(len(ids) for ids, _ in examples) / len(examples)
+    rows, times = sum(map(len, sets.values())), 1 + before
+    label, when = module.KIND == "classify", "before and after" if before else "after"
+    each = mean if label else module.MAX_NEW_TOKENS
+    words = "a label each" if label else f"up to {each} new tokens each"
+    print(f"evaluation {when} training: {rows:,} rows, {words}", flush=True)
+    if (cost := rows * each * times) > (trained := 3 * seen * mean):
+        limit = max(1, int(trained / each / times / len(sets)))
+        print(f"note: may take longer than training: {rows:,} x {each:.0f} x {times} = {cost:,.0f} tokens, "
+              f"{seen:,} x {mean:.0f} x 3 = {trained:,.0f} (backward counts as 2); --eval_limit {limit}?",
+              flush=True)
+
+
+def explain(measures):
+    """Says in words what names of measures do not say themselves."""
+    for name, words in (("majority", "the accuracy of the commonest answer, given to every row"),
+                        ("likelihood", "the accuracy of the likeliest choice, with nothing generated")):
+        if name in measures:
+            print(f"{name}: {words}", flush=True)
 
 
 def check_kind(model, module):
@@ -89,3 +134,8 @@ def list_tasks():
         for name, entry in module.TASKS.items():
             print(f"{module.FAMILY:12} {name:14} {entry['rows']:6} rows  {entry['metric']:9} "
                   f"{entry['file']:32} from {entry['source']}")
+    print(f"\nLLM-Adapters: {ADAPTERS}\n"
+          "Training mixes, for --mix; without it, the first of its family that is there:")
+    for module in task_files():
+        for name in getattr(module, "MIXES", ()):
+            print(f"{module.FAMILY:12} {mix_source(name)}")

@@ -1,8 +1,8 @@
 """
 From rows to tokens: the row files, the tokenizer, the one prompt template of training and evaluation.
 
-A row is {"instruction", "input", "output"}, or for a classifier {"text", "pair", "label"}; what a task file
-adds (answer, choices, prefix, stop) is in its docstring.
+A row is {"instruction", "input", "output"}, or {"prompt", "output"} whose prompt is used as it is, or for a
+classifier {"text", "pair", "label"}; what a task file adds (answer, choices, prefix, stop) its docstring has.
 """
 import gzip
 import json
@@ -22,11 +22,13 @@ def read(directory, names, fields=("instruction", "output"), mix=None, wrong=lam
     Rows of the first of these files under directory, .gz or not. ValueError names file, row and field where
     one of `fields` is no text, or `input` (of training rows `source`, too) is there and none, and where
     wrong(number, row) says something. Of training rows it prints the file: mix is the name asked for, or "".
+    `fields` may be a function of the first row.
     """
     candidates = [Path(directory or ".", name + end) for name in names for end in ("", ".gz")]
     file = next((c for c in candidates if c.is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"{directory}: found none of {', '.join(names)} (.gz or not)")
+        where = directory or "no such file"
+        raise FileNotFoundError(f"{where}: found none of {', '.join(names)} (.gz or not)")
     if mix is not None:
         print(f"training rows: {file}" + (f" ({mix} is not there)" if mix not in file.name else ""))
     try:
@@ -39,6 +41,7 @@ def read(directory, names, fields=("instruction", "output"), mix=None, wrong=lam
         raise ValueError(f"{file}: not JSON ({error})") from None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{file}: expected a list of rows, found {type(rows).__name__ if rows else 'none'}")
+    fields = fields(rows[0]) if callable(fields) else fields
     may = ("input",) if mix is None else ("input", "source")
     is_text = lambda value: isinstance(value, str) and not re.search("[\ud800-\udfff]", value)   # half a pair
     for number, row in enumerate(rows, 1):
@@ -126,6 +129,8 @@ PROMPT_WITH_INPUT = (TASK + ", paired with an input that provides further contex
 
 def prompt_text(row):
     """The one template, for training and evaluation; a row's `prefix` opens the response."""
+    if "instruction" not in row:
+        return row["prompt"]
     return (PROMPT_WITH_INPUT if row.get("input") else PROMPT).format(**row) + row.get("prefix", "")
 
 

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from data import arithmetic, code_generation, commonsense, math_reasoning, own
+import checkpoint
+from data import arithmetic, code_generation, commonsense, math_reasoning, own, text
 
 # ------------------------------------------------------------------------------------ arithmetic
 
@@ -229,6 +230,22 @@ def test_without_an_answer_the_output_must_be_equal():
     assert own.score([" a b\n", "a  b"], [dict(output="a b")] * 2)["correct"] == [True, False]
 
 
+def test_rows_of_prompt_and_completion_are_used_as_they_are(tmp_path, tiny):
+    rows = [dict(prompt=f"Q: {i} \n\nA:", completion=f" {i}.", other=1) for i in range(20)]
+    rows[3] |= dict(answer=3, instruction="no", output="no", input="no")
+    write(tmp_path / "a.jsonl", rows)
+    task = str(tmp_path / "a.jsonl")
+    test, train = own.rows(None, task, "test"), own.rows(None, task, "train")
+    found = sorted(test + train, key=lambda row: int(row["output"][1:-1]))
+    assert found == [dict(prompt=row["prompt"], output=row["completion"])
+                     | (dict(answer=3) if "answer" in row else {}) for row in rows]
+    tok = text.Tokenizer(tiny, checkpoint.read_config(checkpoint.read_json(tiny / "config.json")))
+    (ids, start), = text.encode(tok, found[:1], 512)[0]
+    assert tok.decode(ids[:start]) == text.shown(found[0]) == rows[0]["prompt"]
+    assert tok.decode(ids[start:-1]) == " 0." and ids[-1] in tok.eos
+    assert own.score([" 0.", "0.", "1."], [found[0], found[0], found[3]])["correct"] == [True, True, False]
+
+
 BAD = {
     "no output": ([dict(instruction="a", output="b"), dict(instruction="a")],
                   r"row 2 has no text in 'output'"),
@@ -249,6 +266,19 @@ BAD = {
     "answer blank": ([dict(instruction="a", output="b", answer=" ")], r"row 1: answer ' ', expected a text"),
     "empty": ([], r"expected a list of rows, found none"),
     "one row": ([dict(instruction="a", output="b")], r"1 row, expected at least 2"),
+    "a chat": ([dict(messages=[dict(role="user", content="a")])] * 2,
+               r'row 1 is a chat; convert it to {"prompt", "completion"}: '),
+    "another chat": ([dict(conversations=[])] * 2, r"row 1 is a chat; convert it to "),
+    "a chat among others": ([dict(instruction="a", output="b"), dict(messages=[])],
+                            r"row 2 has no text in 'instruction', found {'messages'"),
+    "no completion": ([dict(prompt="a", completion="b"), dict(prompt="a")],
+                      r"row 2 has no text in 'completion', found .*, expected texts in prompt, completion"),
+    "two forms": ([dict(prompt="a", completion="b"), dict(instruction="a", output="b")],
+                  r"row 2 has no text in 'prompt'"),
+    "empty prompt": ([dict(prompt="a", completion="b"), dict(prompt="", completion="b")],
+                     r"row 2: prompt '', expected a text of at least one character"),
+    "prompt and answer null": ([dict(prompt="a", completion="b", answer=None)],
+                               r"row 1: answer None, expected a text or a number"),
     "an object": (dict(instruction="a", output="b"), r"expected a list of rows, found dict"),
 }
 
@@ -270,6 +300,8 @@ def test_own_files_that_are_refused(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         own.rows(None, str(tmp_path / name), "train")
+    with pytest.raises(FileNotFoundError, match=rf"^no such file: found none of {tmp_path}/b\.json \("):
+        own.rows(None, str(tmp_path / "b.json"), "train")
     with pytest.raises(FileNotFoundError, match=r"found none of .*b\.json"):
         own.rows(None, str(tmp_path / "b.json"), "train")
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -429,10 +430,76 @@ def test_code_is_scored_only_where_that_is_allowed(net, tok, tmp_path, capsys):
 def test_the_list_shows_every_task(capsys):
     E.main(["--list"])
     out = capsys.readouterr().out.splitlines()
+    mixes = out[out.index("") + 1:]
+    out = out[:out.index("")]
     assert len(out) == sum(len(module.TASKS) for module in tasks.task_files()) > 20
     line = next(line for line in out if " SVAMP " in line)
     assert line.split()[:5] == ["math", "SVAMP", "1000", "rows", "accuracy"]
     assert "math/SVAMP.json" in line and "from LLM-Adapters" in line
+    clone = "git clone https://github.com/AGI-Edgerunners/LLM-Adapters, then --data LLM-Adapters"
+    assert mixes[0] == f"LLM-Adapters: {clone}"
+    assert f"commonsense  commonsense_170k: {clone}" in mixes
+    assert len(mixes) == 2 + sum(len(getattr(module, "MIXES", ())) for module in tasks.task_files()) > 10
+
+
+def test_help_is_in_groups(capsys):
+    with pytest.raises(SystemExit) as stop:
+        E.main(["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and "default: None" not in said
+    groups = dict(what="--dtype", data="--limit", output="--out", evaluation="--rule")
+    for group, flag in groups.items():
+        assert flag in said.partition(f"\n{group}:\n")[2].partition("\n\n")[0], flag
+
+
+def test_every_training_mix_has_a_source_and_one_that_is_missing_is_told_where_it_is(tmp_path):
+    for module in tasks.task_files():
+        names = getattr(module, "MIXES", ())
+        assert set(names) <= set(tasks.MIXES)
+        if not names:
+            continue
+        with pytest.raises(ValueError, match=f"^{tmp_path}: found none of .*{names[0]}") as error:
+            tasks.train_rows(module, tmp_path, module.FAMILY)
+        assert all(f"{name}: {tasks.MIXES[name]}" in str(error.value) for name in names)
+        with pytest.raises(ValueError, match=f"training mixes: {names[1]}: [^;]*$"):
+            tasks.train_rows(module, tmp_path, module.FAMILY, names[1])
+
+
+def test_a_set_that_is_missing_is_told_where_it_is(tmp_path):
+    for name, words in (("boolq", "from LLM-Adapters, dataset/boolq/test.json; git clone"),
+                        ("math", "not found: MultiArith .*; git clone"), ("rte", "from GLUE, RTE/dev.tsv$")):
+        module, _, names = tasks.find_task(name)
+        with pytest.raises(ValueError, match=words):
+            tasks.test_rows(module, names, tmp_path)
+
+
+@pytest.mark.parametrize("kind, before, seen, words, note", [
+    ("generate", True, 1000, "before and after training: 30 rows, up to 40 new tokens each", ""),
+    ("generate", False, 80, "after training: 30 rows, up to 40 new tokens each", ""),
+    ("generate", False, 79, "after training: 30 rows, up to 40 new tokens each",
+     "30 x 40 x 1 = 1,200 tokens, 79 x 5 x 3 = 1,185 (backward counts as 2); --eval_limit 14?"),
+    ("generate", True, 79, "before and after training: 30 rows, up to 40 new tokens each",
+     "30 x 40 x 2 = 2,400 tokens, 79 x 5 x 3 = 1,185 (backward counts as 2); --eval_limit 7?"),
+    ("generate", False, 1, "after training: 30 rows, up to 40 new tokens each",
+     "30 x 40 x 1 = 1,200 tokens, 1 x 5 x 3 = 15 (backward counts as 2); --eval_limit 1?"),
+    ("classify", False, 10, "after training: 30 rows, a label each", ""),
+    ("classify", False, 9, "after training: 30 rows, a label each",
+     "30 x 5 x 1 = 150 tokens, 9 x 5 x 3 = 135 (backward counts as 2); --eval_limit 13?")])
+def test_the_cost_of_evaluation_is_said_and_eval_limit_suggested_where_it_is_more_than_trainings(
+        kind, before, seen, words, note, capsys):
+    module = SimpleNamespace(KIND=kind, MAX_NEW_TOKENS=40)
+    tasks.forecast(module, dict(a=range(10), b=range(20)), before, [([0] * 4, 1), ([0] * 6, 1)], seen)
+    note = note and f"note: may take longer than training: {note}\n"
+    assert capsys.readouterr().out == f"evaluation {words}\n{note}"
+
+
+def test_names_of_measures_are_said_in_words(capsys):
+    tasks.explain(dict(accuracy=1, majority=1, likelihood=1))
+    assert capsys.readouterr().out == (
+        "majority: the accuracy of the commonest answer, given to every row\n"
+        "likelihood: the accuracy of the likeliest choice, with nothing generated\n")
+    tasks.explain(dict(accuracy=1))
+    assert not capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------ tasks, the command

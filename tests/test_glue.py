@@ -148,6 +148,19 @@ def test_a_classifier_learns_and_its_head_is_saved_merged_and_reloaded(roberta, 
     torch.testing.assert_close(merged(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_select_best_takes_the_head_of_the_best_step_too(roberta, data, tmp_path, monkeypatch):
+    losses = iter([1.0, 2.0, 2.0])
+    monkeypatch.setattr(train, "mean_loss", lambda _: next(losses))
+    summary = run("--model", roberta, "--data", data, "--task", "sst2", "--max_steps", 3, "--lr", "3e-2",
+                  "--val_rows", 4, "--eval_every", 1, "--select", "best", "--merge", out=tmp_path / "run")
+    assert summary["selected"]["step"] == 1 and abs(summary["loss_before"] - summary["loss_after"]) > 1e-3
+    best, merged = checkpoint.load(roberta, num_labels=2), checkpoint.load(tmp_path / "run" / "merged")
+    checkpoint.load_adapter(best, tmp_path / "run" / "adapter-best")
+    tok, rows = text.Tokenizer(roberta, best.cfg), glue.rows(data, "sst2", "test")
+    for net in (best, merged):
+        assert E.evaluate(net, tok, glue, rows)["loss"] == pytest.approx(summary["loss_after"], rel=1e-4)
+
+
 def test_three_labels_get_a_head_of_three(roberta, data, tmp_path):
     summary = run("--model", roberta, "--data", data, "--task", "mnli", "--batch_size", 4, "--max_steps", 2,
                   "--method", "gfa", "--merge", out=tmp_path / "run")

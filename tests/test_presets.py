@@ -56,7 +56,8 @@ G_LORA_OTHERS = """
     code                -      -      -        3e-5    1e-5       5e-5"""           # Table 12, LR
 G_LORA_METHODS = "lora dora pissa rosa rasa gralora milora denselora spiel"         # §4.1, App. H
 G_LORA_ALL = dict(schedule="linear", epochs=10, rank=8, optimizer="adamw", batch_size=4, warmup_steps=500,
-                  dropout=0.05, targets="attention", val_rows=1200, seed=42)        # §4.1, App. C
+                  dropout=0.05, targets="attention", val_rows=1200, select="best",  # §4.1, App. C
+                  seed=42)
 G_LORA_MIX = dict(commonsense="commonsense_15k", math="math_10k", code="codealpaca_20k")        # §4, D.3
 # Table 16: RoSA starts anew four times in its ten epochs. Table 18: SpIEL's density; it has no place for a
 # dropout. DenseLoRA's printed counts are of this rank and these modules, as tested below.
@@ -151,7 +152,7 @@ def test_a_preset_is_what_the_papers_print(preset):
     """Flags that the papers leave open stay at train.py's or the method's own defaults."""
     for method, flags in PRINTED[preset].items():
         want = vars(parse(None, method)) | dict(micro_batch_size=flags["batch_size"]) | flags
-        want |= dict(preset=preset)
+        want |= dict(preset=preset, lr_from=f"preset {preset}")
         got = vars(parse(preset, method))
         assert (method, got) == (method, want)
 
@@ -248,6 +249,21 @@ def test_every_preset_names_its_paper_its_table_and_its_model():
     assert presets.SOURCES["glora-code-qwen2.5-7b-randomized"] == ("G-LoRA", "Tables 11, 12", "Qwen2.5-7B")
     assert presets.SOURCES["gralora-commonsense-llama3.1-70b"] == ("GraLoRA", "Table 5", "LLaMA3.1-70B")
     assert presets.SOURCES[HYBRID] == ("GraLoRA", "Tables 2, 5", "LLaMA3.1-8B")
+
+
+def test_list_presets_shows_each_with_paper_table_model_and_what_it_sets_and_exits_with_0(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--list_presets", "--method", "gfa"])
+    said = capsys.readouterr().out
+    assert not stop.value.code
+    for name, (paper, table, model) in presets.SOURCES.items():
+        assert f"\n{name}: {paper}, {table}, {model}\n" in said
+    entry = " ".join(said.partition("\nglora-math-llama2-randomized: ")[2].partition("\n\n")[0].split())
+    assert "all: task math, rank 8, targets attention, " in entry and " select best, " in entry
+    assert entry.endswith("glora: ratio 1:3, lr 0.0003, svd randomized, oversample 4")
+    flags = [line for line in said.splitlines() if line.startswith(" ") and "/" not in line]
+    assert max(map(len, flags)) <= 80
+    assert "list_presets" not in vars(parse(None, "gfa"))
 
 
 # What the inject of each method has no place for, by its own refusal.

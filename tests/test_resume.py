@@ -207,6 +207,28 @@ train.mean_loss = lambda _: float(next(losses))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["best"]["step"] == 2
 
 
+def test_select_best_is_the_same_after_a_kill(forks, tmp_path):
+    """Of the losses after steps 2, 4 and 5, made up, the second is the least; killed in step 5."""
+    command = [*SMALL, "--save_steps", 1, "--select", "best", "--out_dir"]
+    worse = """
+train.mean_loss = lambda _: 1.0 / run_of.step if run_of.step < 5 else 1.0
+run_of = None
+def load(self, *rest, before=train.runs.Run.load):
+    global run_of
+    run_of = self
+    return before(self, *rest)
+train.runs.Run.load = load
+"""
+    kill = AT_STEP_3.replace("SEND", "os.kill(os.getpid(), signal.SIGKILL)").replace("== 2", "== 4")
+    assert forks.run(*command, tmp_path / "whole", before=worse)[0] == 0
+    assert forks.run(*command, tmp_path / "run", before=worse + kill)[0] == -signal.SIGKILL
+    assert forks.run(*command, tmp_path / "run", "--resume", before=worse)[0] == 0
+    for out in (tmp_path / "run", tmp_path / "whole"):
+        assert json.loads((out / "summary.json").read_text())["selected"]["step"] == 4
+        for adapter in ("adapter", "adapter-best"):
+            assert_same_bits(tensors(out, adapter), tensors(tmp_path / "whole"))
+
+
 # ------------------------------------------------------------------------------------ signals
 
 AT_STEP_3 = """

@@ -16,7 +16,9 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import evaluate
 import presets
+import runs
 import train
 from data import arithmetic, text
 
@@ -206,8 +208,16 @@ def test_a_run_leaves_its_files(method, tiny, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     adapted = "all weights" if method == "full" else "28 modules"
     assert lines[0].startswith(f"{method}: {adapted}, {summary['trainable']:,} trainable parameters, ")
-    assert lines[1].startswith("batch 4 x 1 = 4, 3 steps of 10 an epoch")
+    assert lines[1] == "3 steps of 4 examples (1 forward pass of 4 each); an epoch is 10 steps"
     assert lines[2].startswith("40 examples, ") and lines[2].endswith("0 truncated to 512")
+    assert "evaluation before and after training: 4 rows, up to 40 new tokens each" in lines
+    assert lines.index("before training") < lines.index("after training")
+    shown = [line for line in lines if line.startswith("step ")]
+    measures = (r"step {}/3  loss \d+\.\d{{4}}  lr \d\.\de-0\d  grad [\d.e+-]+  [\d,]+ tok/s  \d\.\d GB  "
+                r"\d:\d\d, \d:\d\d left")
+    assert len(shown) == 3
+    assert all(re.fullmatch(measures.format(i), line) for i, line in enumerate(shown, 1)), shown
+    assert shown[-1].endswith(", 0:00 left")
     named = [summary[key] for key in ("task", "method", "rank", "steps")]
     assert named == ["arithmetic", method, 3, 3]
     for when in ("before", "after"):
@@ -322,7 +332,7 @@ def test_epochs_count_steps(tmp_path, capsys):
     train.main(["--model", str(ROOT / "data" / "tiny"), "--task", "arithmetic", "--epochs", "1.5",
                 "--train_rows", "10", "--batch_size", "4", "--eval_limit", "1", "--no-eval_before",
                 "--out_dir", str(tmp_path / "x")])
-    assert "5 steps of 3 an epoch" in capsys.readouterr().out
+    assert "5 steps of 4 examples (1 forward pass of 4 each); an epoch is 3 steps" in capsys.readouterr().out
     assert json.loads((tmp_path / "x" / "summary.json").read_text())["steps"] == 5
 
 
@@ -338,6 +348,37 @@ def test_validation_keeps_the_best_adapter_beside_the_last(tmp_path, capsys):
     best = json.loads((out / "adapter-best" / "adapter.json").read_text())
     assert best["method"] == "lora"
     assert json.loads((out / "adapter" / "adapter.json").read_text())["step"] == 3
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "glora", "mine"])
+def test_select_best_evaluates_keeps_and_merges_the_best_of_validation(method, tiny, tmp_path, monkeypatch):
+    """The validation losses are made up, so that the second of three steps is the best."""
+    losses, out = iter([5.0, 1.0, 2.0, 3.0]), tmp_path / "run"
+    monkeypatch.setattr(train, "mean_loss", lambda _: next(losses))
+    flags = ["--reinit_every", "1s"] if method == "glora" else []
+    if method == "mine":                # a file whose merge knows its layers by their class
+        method = tmp_path / "mine.py"
+        method.write_text(VARIANT + '''
+def merge(model, before=merge):
+    assert any(isinstance(m, LoRALinear) for m in model.modules())
+    before(model)
+''', encoding="utf-8")
+    flags += [*FAST, "--method", method, "--val_rows", 8, "--lr", 0.01, "--warmup_steps", 0]
+    summary = run(*flags, "--no-eval_before", "--eval_every", 1, "--select", "best", "--merge", out=out)
+    assert summary["selected"] == summary["best"] == dict(step=2, loss_val=1.0)
+    assert summary["last"]["step"] == 3
+    files = [{file.name: file.read_bytes() for file in (out / name).iterdir()}
+             for name in ("adapter", "adapter-best")]
+    assert files[0] == files[1] and len(files[0]) == 2
+    rows = arithmetic.rows(None, "two_step", "test")[:4]
+    best, merged = checkpoint.load(tiny), checkpoint.load(out / "merged")
+    checkpoint.load_adapter(best, out / "adapter-best", method)
+    examples = text.encode(text.Tokenizer(tiny, best.cfg), rows, 512)[0]
+    loss = evaluate.mean_loss(evaluate.nll(best, examples))
+    assert summary["loss_after"] == pytest.approx(loss, rel=1e-5)
+    assert evaluate.mean_loss(evaluate.nll(merged, examples)) == pytest.approx(loss, rel=1e-3)
+    last = run(*flags, "--no-eval_before", "--overwrite", out=out)
+    assert last["loss_after"] != pytest.approx(loss, rel=1e-3) and "selected" not in last
 
 
 def test_the_bf16_base_stays_bf16_and_adapters_train_in_fp32(tmp_path):
@@ -492,7 +533,18 @@ def test_match_lora_names_and_records_the_rank_that_it_chose(tmp_path, capsys, m
 
 def test_reinit_every_none_is_one_long_stage(tmp_path, capsys):
     run("--method", "glora", *FAST, "--no-eval_before", "--reinit_every", "none", out=tmp_path / "run")
-    assert "re-initialised" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "re-initialised" not in said and "note: " not in said
+
+
+@pytest.mark.parametrize("flags, warned", [
+    (["--reinit_every", "2"], "--reinit_every 2, --reinit_at None"), (["--reinit_every", "2s"], None),
+    (["--reinit_every", "none", "--reinit_at", "3"], "--reinit_every None, --reinit_at 3")])
+def test_a_run_without_the_re_initialisation_that_it_asks_for_is_told(flags, warned, tmp_path, capsys):
+    run("--method", "glora", *FAST, "--no-eval_before", *flags, out=tmp_path / "run")
+    note = f"note: 3 steps end before the first re-initialisation ({warned}; an epoch is 10 steps)\n"
+    said = capsys.readouterr().out
+    assert said.count("note: ") == (note in said) == bool(warned)
 
 
 def test_the_mix_is_chosen_by_name_and_the_file_that_was_read_is_said(tmp_path, capsys):
@@ -525,6 +577,52 @@ def test_precedence_command_line_preset_common_default(tmp_path, monkeypatch):
     assert (got.lr, got.alpha, got.batch_size) == (7e-4, 5.0, 32)
     got = parse("--preset", "some", "--batch_size", "8", "--lr", "1e-5")
     assert (got.lr, got.alpha, got.batch_size) == (1e-5, 5.0, 8)
+
+
+def test_the_learning_rate_is_printed_with_where_it_comes_from(tmp_path, capsys):
+    from_of = lambda *flags: train.parse(["--model", "x", *flags])[0].lr_from
+    assert from_of() == "train.py's default"
+    assert from_of("--method", "gfa") == "gfa's own default"
+    assert from_of("--method", "gfa", "--preset", "cps-math-llama2-7b") == "preset cps-math-llama2-7b"
+    for flags in (["--lr", "3e-4"], ["--learning_rate=3e-4"], ["--method", "gfa", "--lr", "3e-3"]):
+        assert from_of(*flags) == "the command line"            # even the default's own value
+    run(*FAST, "--no-eval_before", out=tmp_path / "run")
+    assert "\npeak learning rate 0.01, from preset tiny\n" in capsys.readouterr().out
+
+
+def test_help_is_in_groups_with_defaults_where_there_are_some(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--method", "gralora", "--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and "default: None" not in said and "Tables" not in said
+    groups = ["what", "data", "method", "loop", "evaluation", "output", "gralora.py's own"]
+    assert re.findall(r"^(\S.*):$", said, re.MULTILINE) == ["options", *groups]
+    flat = " ".join(said.split())
+    for words in ("peak learning rate (default: 0.01)", "a line every N steps (default: 20)",
+                  "--dtype {auto,float32,bfloat16} of the frozen model (default: float32)"):
+        assert words in flat
+    assert not [name for name in presets.PRESETS if name != "tiny" and name in said]
+    flags = "--list_presets --mix --reinit_at --dtype --select --resume --hybrid".split()
+    for group, flag in zip(groups, flags, strict=True):
+        assert flag in said.partition(f"\n{group}:\n")[2].partition("\n\n")[0], flag
+
+
+@pytest.mark.parametrize("seconds, words", [
+    (0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599.4, "59:59"), (3599.6, "1h00"), (360000, "100h00")])
+def test_a_clock_has_minutes_and_seconds_or_hours_and_minutes(seconds, words):
+    assert runs.clock(seconds) == words
+
+
+def test_a_log_line_fits_in_100_columns_and_has_all_that_is_measured(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    line = dict(step=90000, loss=12.34567, lr=3.14e-05, grad_norm=1234.5, tokens_per_second=123456.7,
+                peak_memory_mb=79 * 1024.0)
+    log = runs.Run(train.parse(["--out_dir", str(tmp_path / "run")])[0]).log
+    log(line, 99999, 35999, 3.6)
+    said = capsys.readouterr().out
+    assert said == ("step 90000/99999  loss 12.3457  lr 3.1e-05  grad 1.23e+03  123,457 tok/s  79.0 GB  "
+                    "9h59, 9h59 left\n")
+    assert len(said) <= 101 and metrics(tmp_path / "run") == [line]
 
 
 def test_aliases_of_the_field():
@@ -702,6 +800,7 @@ BAD = {
     "reinit": (["--reinit_every", "2"], r"lora does not re-initialise"),
     "val_rows": (["--val_rows", "9000"], r"val_rows 9000, there are 8192 training rows"),
     "eval_every alone": (["--eval_every", "5"], r"--eval_every .* needs --val_rows"),
+    "select": (["--select", "best"], r"--select best .* needs --val_rows"),
     "device": (["--device", "abacus"], r"device 'abacus': "),
 }
 
@@ -738,6 +837,19 @@ def test_a_users_own_file_trains_and_evaluates(tmp_path):
     summary = run("--task", tmp_path / "mine.json", "--max_steps", 2, out=tmp_path / "run")
     assert summary["after"]["mean"] > 0.5           # one-step problems: the bundled model can do them
     assert len((tmp_path / "run" / "eval" / "mine.after.jsonl").read_text().splitlines()) == 5
+
+
+def test_prompts_and_completions_train_and_evaluate_and_a_chat_is_one_line(tmp_path, capsys):
+    rows = [dict(prompt=text.prompt_text(r), completion=r["output"], answer=r["answer"])
+            for r in arithmetic.generate("train", 50, 1, 3)]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    summary = run("--task", tmp_path / "mine.json", "--max_steps", 2, out=tmp_path / "run")
+    assert summary["before"]["mean"] > 0.5          # asked as the bundled model was
+    line = json.loads((tmp_path / "run" / "eval" / "mine.after.jsonl").read_text().splitlines()[0])
+    assert line["prompt"] in [row["prompt"] for row in rows] and line["answer"] in line["output"]
+    (tmp_path / "chat.jsonl").write_text(json.dumps(dict(messages=[])))
+    assert "row 1 is a chat; convert it" in refuses(capsys, "--task", tmp_path / "chat.jsonl")
+    assert "error: no such file: found none of nowhere.jsonl" in refuses(capsys, "--task", "nowhere.jsonl")
 
 
 def test_one_set_trains_on_its_own_rows_of_the_mix(shared_data, tmp_path, capsys):
