@@ -176,6 +176,8 @@ def pick_device(name):
     try:
         there = torch.zeros(1, device=name)
         there.cpu()             # which "meta" cannot
+        if there.is_cuda:
+            torch.cuda.set_device(there.device)     # whose random generator and memory are meant from here on
         return there.device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None

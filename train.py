@@ -93,7 +93,7 @@ def add_flags(p, method):
     add("--lr", "--learning_rate", type=float, default=3e-4, help="peak learning rate")
     add("--batch_size", type=int, default=4, help="effective: examples per optimizer step")
     add("--micro_batch_size", type=int, help="examples per forward pass; none: batch_size")
-    add("--warmup_steps", type=int, default=0, help="linear warm-up")
+    add("--warmup_steps", type=int, default=0, help="linear warm-up; longer than the run: never at the peak")
     add("--warmup_ratio", type=float, default=0.0, help="share of the steps, instead of --warmup_steps")
     add("--schedule", default="linear", choices=["linear", "cosine", "constant"], help="after the warm-up")
     add("--optimizer", default="adamw", choices=["adamw", "lion"], help="unless the method has its own")
@@ -175,7 +175,7 @@ def lr_at(step, steps, warmup, schedule):
     """Factor of the peak learning rate at step 0 .. steps - 1: warm-up, then towards 0 or constant."""
     if step < warmup:
         return (step + 1) / warmup
-    left = (steps - step) / max(1, steps - warmup)                          # from 1 to nearly 0
+    left = (steps - step) / (steps - warmup)                    # from 1 to 1 / (steps - warmup)
     return {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[schedule]
 
 
@@ -219,8 +219,8 @@ def make_optimizer(method, args, params):
 
 def backward(model, batch, micro_batch_size):
     """
-    Gradient of the mean loss over all that a batch of (ids, start or label) supervises -> (that loss,
-    tokens seen). Each micro-batch is divided by the whole count, so its size does not change the gradient.
+    Adds the gradient of a batch's loss -> (the loss, tokens seen): the mean over all supervised tokens, or
+    labels, of the whole batch, so micro-batches of any size add up to the same but for rounding and dropout.
     """
     count, total = sum(map(model.supervised, batch)), 0.0           # supervised: how many losses one has
     for i in range(0, len(batch), micro_batch_size):
@@ -273,7 +273,7 @@ def describe(args, method, model, examples, cut, steps, epoch_steps):
     print(f"{steps} steps of {args.batch_size} examples ({passes} forward pass{'es' * (passes > 1)} of "
           f"{args.micro_batch_size} each); an epoch is {epoch_steps} steps")
     print(f"{len(examples)} examples, {sum(len(ids) for ids, _ in examples):,} tokens, "
-          f"{cut} truncated to {args.max_len}")
+          f"{cut} of all rows truncated to {args.max_len}")
     print(f"peak learning rate {args.lr:g}, from {args.lr_from}")
     if args.preset:
         presets.describe(args.preset, method, vars(args))
@@ -327,7 +327,7 @@ def main(argv=None):
 
 
 def train(args, method, run):
-    try:        # all at which bad input can fail, before anything is written
+    try:        # all at which bad input can fail; claim and load, the last, are the first to write
         run.check()
         task, args.task, names = tasks.find_task(args.task)
         sets, absent = tasks.test_rows(task, names, args.data, args.eval_limit)
@@ -346,9 +346,9 @@ def train(args, method, run):
         held_out = [example for i, example in enumerate(examples) if i in held]
         examples = [example for i, example in enumerate(examples) if i not in held]
         epoch_steps = math.ceil(len(examples) / args.batch_size)
-        steps = args.max_steps or math.ceil(args.epochs * epoch_steps)
+        steps = args.max_steps or math.ceil(round(args.epochs * epoch_steps, 6)) or 1   # 1.1 * 10 is over 11
         reinits = reinit_steps(args.reinit_every, args.reinit_at, steps, epoch_steps)
-        # On a GPU calls return before their work is done.
+        # synchronize returns None, so `or` goes on: a GPU's calls return before their work is done.
         clock = lambda: device.type == "cuda" and torch.cuda.synchronize(device) or time.perf_counter()
         began, record, injected = clock(), adapt(args, method, model), clock()
         optimizer = make_optimizer(method, args, [p for p in model.parameters() if p.requires_grad])
@@ -389,7 +389,7 @@ def train(args, method, run):
         chosen = shuffled[position * args.batch_size:(position + 1) * args.batch_size]
         batch = [examples[i] for i in chosen]
         loss, seen = backward(model, batch, args.micro_batch_size)
-        if hasattr(method, "observe"):
+        if hasattr(method, "observe"):      # sees the gradients before they are checked or clipped
             method.observe(model, step, steps)
         # Collected anew every step: reinit may replace parameters in the optimizer's groups.
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -402,7 +402,7 @@ def train(args, method, run):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         optimizer.step()
         optimizer.zero_grad()
-        if step in reinits:
+        if step in reinits:         # after the step: validation and saves see the new factors
             reinit_began = clock()
             method.reinit(model, optimizer)
             summary["reinit_seconds"].append(clock() - reinit_began)
@@ -420,14 +420,14 @@ def train(args, method, run):
         if held_out and (step % (args.eval_every or epoch_steps) == 0 or step == steps):
             validate(model, held_out, step, summary, out, record)
         if step == steps or run.signal or (args.save_steps and step % args.save_steps == 0):
-            nll(model, batch)       # a step may lead anywhere: FloatingPointError, and what was saved is kept
+            nll(model, batch)       # FloatingPointError if this step broke the model: the last save stays
             checkpoint.save_adapter(out / "adapter", model, record | {"step": step})
-            if args.save_steps or run.signal:       # SIGINT, SIGTERM: the run ends in this line
+            if args.save_steps or run.signal:       # else no state to resume; on a signal save ends the run
                 run.save(model, optimizer, summary=summary, seconds=time.perf_counter() - started,
                          pace=[[sum(column) for column in zip(*pace)]])
 
     if args.select == "best":               # on a fresh base, as a method may have rewritten this one
-        del model, optimizer                # for two do not fit where one just does
+        model = optimizer = params = group = block = None   # all that hold weights: two models may not fit
         model, best = base(), out / "adapter-best"
         method, _ = checkpoint.load_adapter(model, best, args.method)
         with new_directory(out / "adapter") as part:

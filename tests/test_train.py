@@ -209,7 +209,7 @@ def test_a_run_leaves_its_files(method, tiny, tmp_path, capsys):
     adapted = "all weights" if method == "full" else "28 modules"
     assert lines[0].startswith(f"{method}: {adapted}, {summary['trainable']:,} trainable parameters, ")
     assert lines[1] == "3 steps of 4 examples (1 forward pass of 4 each); an epoch is 10 steps"
-    assert lines[2].startswith("40 examples, ") and lines[2].endswith("0 truncated to 512")
+    assert lines[2].startswith("40 examples, ") and lines[2].endswith("0 of all rows truncated to 512")
     assert "evaluation before and after training: 4 rows, up to 40 new tokens each" in lines
     assert lines.index("before training") < lines.index("after training")
     shown = [line for line in lines if line.startswith("step ")]
@@ -617,8 +617,9 @@ def test_a_log_line_fits_in_100_columns_and_has_all_that_is_measured(tmp_path, c
     (tmp_path / "run").mkdir()
     line = dict(step=90000, loss=12.34567, lr=3.14e-05, grad_norm=1234.5, tokens_per_second=123456.7,
                 peak_memory_mb=79 * 1024.0)
-    log = runs.Run(train.parse(["--out_dir", str(tmp_path / "run")])[0]).log
-    log(line, 99999, 35999, 3.6)
+    at_work = runs.Run(train.parse([])[0])
+    at_work.out = tmp_path / "run"
+    at_work.log(line, 99999, 35999, 3.6)
     said = capsys.readouterr().out
     assert said == ("step 90000/99999  loss 12.3457  lr 3.1e-05  grad 1.23e+03  123,457 tok/s  79.0 GB  "
                     "9h59, 9h59 left\n")
