@@ -712,8 +712,9 @@ def test_prompt_answers_in_the_trained_template_by_the_bundled_model(answers, to
     [ids] = D.generate(net, [prompt], 128, tok.eos, tok.size)
     assert answers("--prompt", asked) == tok.continuation(prompt, ids) + "\n"
     assert answers("--prompt", asked, "--max_new_tokens", 3) == tok.continuation(prompt, ids[:3]) + "\n"
-    drawn = [answers("--prompt", asked, "--temperature", 2, "--seed", seed) for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2]
+    drawn = [answers("--prompt", asked, "--temperature", 9, "--seed", seed, "--max_new_tokens", 9)
+             for seed in (1, 1, 2, 3, 4)]
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 1
 
 
 def test_prompt_without_a_text_answers_line_by_line_until_an_empty_one(answers, monkeypatch):
