@@ -1,6 +1,6 @@
 """
-PAPERS.md: every tag stands in its method file, every test exists, train.py understands every command, and each
-of a sample of tagged lines, when it is broken, turns the test that is named for it red.
+PAPERS.md: every tag stands in its method file, every test exists, train.py understands every command;
+and each line of a sample, when it is broken, turns the test red that is named for it.
 """
 import ast
 import importlib.util
