@@ -191,7 +191,7 @@ class CPSLinear(nn.Module):
         return torch.cat((self.lora_merged_A, A)), torch.cat((self.lora_merged_B, B), 1)
 
     def forward(self, x):
-        # Plain products, (..., R) inside, beat permuting x and y around a blockwise product
+        # Plain products, (..., R) inside, beat permuting x and y around Eq. 8's product
         # up to R = 256 (2048², 512 tokens, 2 cores: 1.0 to 1.3 times LoRA, against 1.4 to 1.5).
         A, B = (f.to(x.dtype) for f in self.expanded())
         update = F.linear(F.linear(self.dropout(x), A), B)

@@ -93,7 +93,7 @@ class GraLoRALinear(nn.Module):
         z = torch.einsum("...ni,rni->...nr", x_.unflatten(-1, (k, -1)), A.unflatten(1, (k, -1)))
         z = z.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)      # (..., n, R) -> (..., j, R)
         z = torch.einsum("...jr,rjo->...jo", self.scaling * z, B.unflatten(1, (k, -1)))
-        update = z.flatten(-2)                                          # (..., o)
+        update = z.flatten(-2)                                          # (..., o), Eq. 5
         if hasattr(self, "lora_A_general"):
             z = F.linear(x_, self.lora_A_general.to(x.dtype))           # (..., h)
             update = update + F.linear(self.scaling * z, self.lora_B_general.to(x.dtype))
