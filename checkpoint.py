@@ -176,8 +176,7 @@ def pick_device(name):
     try:
         there = torch.zeros(1, device=name)
         there.cpu()             # which "meta" cannot
-        if there.is_cuda:
-            torch.cuda.set_device(there.device)     # whose random generator and memory are meant from here on
+        torch.cuda.set_device(there.device if there.is_cuda else -1)    # whose generator is meant; -1: none
         return there.device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
@@ -297,6 +296,8 @@ def shapes_only(model):
 
 def read_adapter(config, file):
     """-> record, tensors, scaling, as they were saved, and finite; ValueError names what is not."""
+    if (inner := config.parent / "adapter").exists():
+        raise ValueError(f"{config.parent}: a run, whose adapter is {inner}")
     record = read_json(config)
     try:
         with safe_open(file, "pt") as f:

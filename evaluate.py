@@ -275,7 +275,7 @@ def parse(argv):
     add("--prompt", nargs="?", const=True, help="print the answer to it; no text: to lines, to an empty one")
     add("--max_new_tokens", type=int, default=128, help="of --prompt; a task has its own")
     add = group("data")
-    add("--task", default="arithmetic", help="family, set, or path to a .json / .jsonl")
+    add("--task", help="family, set, or path to a .json / .jsonl; none: arithmetic, for the bundled model")
     add("--data", default=".", help="directory of the data sets")
     add("--limit", type=int, help="rows per set")
     add = group("output")
@@ -355,7 +355,9 @@ def load_model(args, module=None, sets=()):
     elif "generate" not in model.KINDS:
         raise ValueError(f"--prompt: a model of model_type {model.cfg.model_type!r} generates nothing")
     if args.adapter:
-        named = checkpoint.load_adapter(model, args.adapter, args.method)[1].get("model") or args.model
+        record = checkpoint.load_adapter(model, args.adapter, args.method)[1]
+        args.template = record.get("template", True)
+        named = record.get("model") or args.model
         if Path(named).resolve() != Path(args.model).resolve():
             print(f"note: the adapter was trained on {named}")
     elif model.fresh_head:
@@ -366,11 +368,13 @@ def load_model(args, module=None, sets=()):
 def answer(args):
     """Responds to --prompt; without a text to a line after the other, up to an empty one or none."""
     torch.manual_seed(args.seed)
+    args.template = True                # but for an adapter that was trained without
     model, tokenizer = load_model(args)
     ask = lambda: input("> " * sys.stdin.isatty())
     try:
         for words in iter(ask, "") if args.prompt is True else [args.prompt]:
-            ids = text.prompt_ids(tokenizer, dict(instruction=words), args.max_new_tokens)
+            row = dict(instruction=words) if args.template else dict(prompt=words)  # as it was trained
+            ids = text.prompt_ids(tokenizer, row, args.max_new_tokens)
             stream(model, tokenizer, ids, args.max_new_tokens, args.temperature, args.top_p)
     except (EOFError, KeyboardInterrupt):
         print(end="\n" * sys.stdin.isatty())
@@ -382,7 +386,9 @@ def run(args):
         args.model = checkpoint.base_of(args.adapter) if args.adapter else str(checkpoint.TINY)
     if args.prompt is not None:
         return answer(args)
-    module, args.task, names = tasks.find_task(args.task)
+    if args.task is None and args.adapter and Path(args.model).resolve() != checkpoint.TINY:
+        raise ValueError("--task: not given; --list names them")
+    module, args.task, names = tasks.find_task(args.task or "arithmetic")
     if args.n > 1 and module.KIND == "classify":
         raise ValueError(f"--n {args.n}: a classifier has one answer")
     sets, absent = tasks.test_rows(module, names, args.data, args.limit)

@@ -60,7 +60,7 @@ TABLES = {
     "model.safetensors.index.json": dict(weight_map=named(TEXT)),
     "adapter.json": dict(
         method=TEXT, targets=several(TEXT, 1), rank=whole(1), alpha=number(-1e30, 1e30), dropout=RATE,
-        own=named(either(TEXT, SWITCH, number(-1e30, 1e30))), model=TEXT, step=whole()),
+        template=SWITCH, own=named(either(TEXT, SWITCH, number(-1e30, 1e30))), model=TEXT, step=whole()),
     "outputs": dict(row=whole(), prompt=TEXT, output=either(TEXT, whole())),
 }
 NEEDED = {"adapter.json": ("method", "targets", "rank"), "outputs": ("row", "prompt", "output")}

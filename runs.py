@@ -33,7 +33,7 @@ try:
 except ImportError:         # Windows: no lock
     fcntl = None
 
-FREE = ("out_dir", "overwrite", "resume", "log_every", "save_steps", "lr_from")     # may differ after a stop
+FREE = "out_dir overwrite resume log_every save_steps lr_from typed".split()      # may differ after a stop
 
 
 # ------------------------------------------------------------------------------------ whose a directory is

@@ -64,8 +64,12 @@ def parse(argv):
             p.error(f"{method.__file__}: no flag --{unknown[0]}, for which it or preset {name} has a default")
         p.set_defaults(**defaults)
         lr_from = whose if "lr" in defaults else lr_from
-    args = p.parse_args(argv)       # its lr is the default's very object, or a new one
-    args.lr_from = lr_from if args.lr is p.get_default("lr") else "the command line"
+    args = p.parse_args(argv)
+    bare = argparse.Namespace(**dict.fromkeys(flags))       # where a default would not be put
+    args.typed = sorted(flag for flag, value in vars(p.parse_args(argv, bare)).items() if value is not None)
+    args.lr_from = "the command line" if "lr" in args.typed else lr_from
+    if "epochs" in args.typed and "max_steps" not in args.typed:
+        args.max_steps = None       # a preset's
     check(p, args, method)
     return args, method
 
@@ -150,8 +154,8 @@ def check(p, args, method):
             (args.warmup_steps and args.warmup_ratio,
              f"--warmup_steps {args.warmup_steps}, --warmup_ratio {args.warmup_ratio}: one has to be 0"),
             (not 0 <= args.dropout < 1, f"--dropout {args.dropout}, expected 0 <= dropout < 1"),
-            (not (0 < args.epochs < math.inf and args.lr > 0),
-             f"--epochs {args.epochs:g} --lr {args.lr:g}, expected both above 0"),
+            (args.epochs <= 0, f"--epochs {args.epochs:g}, expected above 0"),
+            (args.lr <= 0, f"--lr {args.lr:g}, expected above 0"),
             (args.merge and hasattr(method, "NOT_MERGEABLE"),
              f"--merge: {getattr(method, 'NOT_MERGEABLE', '')}"),
             (args.eval_every and not args.val_rows,
@@ -274,7 +278,8 @@ def describe(args, method, model, examples, cut, steps, epoch_steps):
           f"{args.micro_batch_size} each); an epoch is {epoch_steps} steps")
     print(f"{len(examples)} examples, {sum(len(ids) for ids, _ in examples):,} tokens, "
           f"{cut} of all rows truncated to {args.max_len}")
-    print(f"peak learning rate {args.lr:g}, from {args.lr_from}")
+    print(f"peak learning rate {args.lr:g}, from {args.lr_from}"
+          + f"; not reached in {steps} of --warmup_steps {args.warmup_steps}" * (steps < args.warmup_steps))
     if args.preset:
         presets.describe(args.preset, method, vars(args))
     return trainable
@@ -331,7 +336,8 @@ def train(args, method, run):
         run.check()
         task, args.task, names = tasks.find_task(args.task)
         sets, absent = tasks.test_rows(task, names, args.data, args.eval_limit)
-        rows = tasks.train_rows(task, args.data, args.task, args.mix)[:args.train_rows]
+        rows = tasks.train_rows(task, args.data, args.task, args.mix, exact="mix" in args.typed)
+        rows = rows[:args.train_rows]
         if args.val_rows >= len(rows):
             raise ValueError(f"val_rows {args.val_rows}, there are {len(rows)} training rows")
         torch.manual_seed(args.seed)        # a new classification head, what inject draws, dropout
@@ -351,6 +357,7 @@ def train(args, method, run):
         # synchronize returns None, so `or` goes on: a GPU's calls return before their work is done.
         clock = lambda: device.type == "cuda" and torch.cuda.synchronize(device) or time.perf_counter()
         began, record, injected = clock(), adapt(args, method, model), clock()
+        record["template"] = "prompt" not in rows[0]        # else the prompts are the file's own
         optimizer = make_optimizer(method, args, [p for p in model.parameters() if p.requires_grad])
         now = time.strftime("%Y%m%d-%H%M%S")
         name = f"{Path(args.task).stem}-{Path(args.method).stem}-r{args.rank}-{now}"

@@ -71,7 +71,7 @@ def defined(code):
     return re.findall(r"^(?:def|class) (\w+)", code, re.MULTILINE)
 
 
-def rows(directory, task, split, mix=None):
+def rows(directory, task, split, mixes=MIXES):
     """
     'test': problems, with `prefix` (what opens the response), `stop`, `tests`. 'train': the family's mix;
     MBPP's own training problems. FileNotFoundError where no file is; ValueError for a bad row or a set
@@ -86,9 +86,9 @@ def rows(directory, task, split, mix=None):
         return [humaneval(row) for row in found]
     if task != FAMILY:
         raise ValueError(f"{task} has no training rows: train on code, the family")
-    names = [f"{folder}{name}.{end}" for name in (mix or MIXES[0], *MIXES) for folder in ("code/", "")
+    names = [f"{folder}{name}.{end}" for name in mixes if name for folder in ("code/", "")
              for end in ("json", "jsonl")]
-    found = read(directory, names, ("instruction",), mix=mix or "")
+    found = read(directory, names, ("instruction",), mix=mixes[0] or "")
     found = [row if "output" in row else {**row, "output": row.get("response")} for row in found]
     for number, row in enumerate(found, 1):
         if not isinstance(row["output"], str):

@@ -44,7 +44,7 @@ def wrong(task, number, row):
         return f"{task}, test row {number}: answer {answer!r:.60}, expected one of {choices!r:.200}"
 
 
-def rows(directory, task, split, mix=None):
+def rows(directory, task, split, mixes=MIXES):
     """
     'test': the rows of one set, with choices. 'train': the mix for the family, or one set's own rows of it.
     FileNotFoundError where no file is; ValueError for a bad row, or where the mix has no rows of the set.
@@ -53,8 +53,8 @@ def rows(directory, task, split, mix=None):
         names = [TASKS[task]["file"], f"{task}.json", f"dataset/{task}/test.json"]
         return [with_choices(row, task) for row in read(directory, names, wrong=partial(wrong, task))]
     folders = ("commonsense/", "", "ft-training_set/")
-    names = [f"{folder}{name}.json" for name in (mix or MIXES[0], *MIXES) for folder in folders]
-    found = read(directory, names, mix=mix or "")
+    names = [f"{folder}{name}.json" for name in mixes if name for folder in folders]
+    found = read(directory, names, mix=mixes[0] or "")
     if task == FAMILY:
         return found
     named = [row for row in found if row.get("source") == task]

@@ -54,14 +54,14 @@ def test_rows(module, sets, directory, limit=None):
     return found, absent
 
 
-def train_rows(module, directory, task, mix=None):
-    """The rows to train on; of several mixes the one that `mix` names, if it is there (a line says which)."""
+def train_rows(module, directory, task, mix=None, exact=False):
+    """The rows to train on, of the mix that `mix` names; not exact, or else of the first that is there."""
     if not hasattr(module, "MIXES"):
         if mix:
             raise ValueError(f"mix {mix!r}: task family {module.FAMILY!r} has no mixes to choose from")
         return module.rows(directory, task, "train")
     try:
-        return module.rows(directory, task, "train", mix)
+        return module.rows(directory, task, "train", (mix,) if exact else (mix, *module.MIXES))
     except FileNotFoundError as error:
         names = [mix] if mix in module.MIXES else module.MIXES
         raise ValueError(f"{error}; training mixes: {'; '.join(map(mix_source, names))}") from None

@@ -706,6 +706,25 @@ def answers(capsys):
     return run
 
 
+def test_prompt_is_as_it_is_for_an_adapter_trained_without_the_template(answers, tok, tiny, tmp_path):
+    net, asked = checkpoint.load(tiny), "Tom has 3 pens and buys 4. How many has he?"
+    checkpoint.load_method("lora").inject(net, ("q_proj",), 2)
+    record = dict(method="lora", targets=["q_proj"], rank=2, model=str(tiny))
+    for template, prompt in ((True, dict(instruction=asked)), (False, dict(prompt=asked))):
+        checkpoint.save_adapter(tmp_path / "adapter", net, record | dict(template=template))
+        prompt = text.prompt_ids(tok, prompt)
+        [ids] = D.generate(net, [prompt], 9, tok.eos, tok.size)
+        said = answers("--adapter", tmp_path / "adapter", "--prompt", asked, "--max_new_tokens", 9)
+        assert said == tok.continuation(prompt, ids) + "\n"
+
+
+def test_a_runs_directory_is_told_from_its_adapters(answers, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(SystemExit):
+        E.main(["--adapter", str(tmp_path), "--model", str(checkpoint.TINY), "--prompt", "x"])
+    assert f"{tmp_path}: a run, whose adapter is {tmp_path / 'adapter'}" in capsys.readouterr().err
+
+
 def test_prompt_answers_in_the_trained_template_by_the_bundled_model(answers, tok, tiny):
     asked = "Tom has 3 pens and buys 4. How many has he?"
     net, prompt = checkpoint.load(tiny), text.prompt_ids(tok, dict(instruction=asked))

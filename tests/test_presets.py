@@ -152,7 +152,7 @@ def test_a_preset_is_what_the_papers_print(preset):
     """Flags that the papers leave open stay at train.py's or the method's own defaults."""
     for method, flags in PRINTED[preset].items():
         want = vars(parse(None, method)) | dict(micro_batch_size=flags["batch_size"]) | flags
-        want |= dict(preset=preset, lr_from=f"preset {preset}")
+        want |= dict(preset=preset, lr_from=f"preset {preset}", typed=["method", "model", "preset"])
         got = vars(parse(preset, method))
         assert (method, got) == (method, want)
 

@@ -547,24 +547,33 @@ def test_a_run_without_the_re_initialisation_that_it_asks_for_is_told(flags, war
     assert said.count("note: ") == (note in said) == bool(warned)
 
 
-def test_the_mix_is_chosen_by_name_and_the_file_that_was_read_is_said(tmp_path, capsys):
+def test_the_mix_is_chosen_by_name_and_the_file_that_was_read_is_said(tmp_path, capsys, monkeypatch):
     (tmp_path / "commonsense").mkdir()
     row = dict(instruction="x\n\nAnswer format: true/false", input="", output="the correct answer is true")
     test = [dict(row, answer="true")]
     (tmp_path / "commonsense" / "boolq.json").write_text(json.dumps(test))
     for mix, count in (("commonsense_15k", 4), ("commonsense_170k", 5)):
         (tmp_path / "commonsense" / f"{mix}.json").write_text(json.dumps([dict(row, source="boolq")] * count))
+    monkeypatch.setitem(presets.PRESETS, "other", {"all": dict(mix="other")})
     start = ["--model", str(ROOT / "data" / "tiny"), "--task", "BoolQ", "--data", str(tmp_path),
              "--max_steps", "1", "--batch_size", "1", "--no-eval_before", "--eval_limit", "1", "--overwrite"]
     for flags, read, rows in ((["--mix", "commonsense_170k"], "commonsense_170k.json\n", 5),
                               ([], "commonsense_15k.json\n", 4),
-                              (["--mix", "other"], "commonsense_15k.json (other is not there)\n", 4)):
+                              (["--preset", "other"], "commonsense_15k.json (other is not there)\n", 4)):
         summary = run(*start, *flags, out=tmp_path / "run")
         printed = capsys.readouterr().out
         assert f"training rows: {tmp_path / 'commonsense'}/{read}" in printed
         assert f"\n{rows} examples" in printed
         assert summary["task"] == "boolq"           # however it was spelled
     assert "has no mixes" in refuses(capsys, "--mix", "x", "--out_dir", tmp_path / "y")
+    said = refuses(capsys, *start, "--mix", "other", "--out_dir", tmp_path / "y")      # typed, it is meant
+    assert "found none of commonsense/other.json" in said
+
+
+def test_epochs_that_are_typed_take_the_place_of_a_presets_steps():
+    steps = lambda *flags: (lambda args: (args.max_steps, args.epochs))(train.parse(list(flags))[0])
+    assert steps() == (240, 3.0) and steps("--epochs", "2") == (None, 2.0)
+    assert steps("--epochs", "2", "--max_steps", "240") == (240, 2.0)
 
 
 def test_precedence_command_line_preset_common_default(tmp_path, monkeypatch):
@@ -587,7 +596,7 @@ def test_the_learning_rate_is_printed_with_where_it_comes_from(tmp_path, capsys)
     for flags in (["--lr", "3e-4"], ["--learning_rate=3e-4"], ["--method", "gfa", "--lr", "3e-3"]):
         assert from_of(*flags) == "the command line"            # even the default's own value
     run(*FAST, "--no-eval_before", out=tmp_path / "run")
-    assert "\npeak learning rate 0.01, from preset tiny\n" in capsys.readouterr().out
+    assert "\npeak learning rate 0.01, from preset tiny; not reached in " in capsys.readouterr().out
 
 
 def test_help_is_in_groups_with_defaults_where_there_are_some(capsys):
