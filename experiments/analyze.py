@@ -8,9 +8,11 @@ What an update ΔW is like, each number beside its nulls: `shuffled`, the same e
 analysis.json, by module and in the mean, and where matplotlib is (pip install -r requirements-plots.txt):
     spectra.png   singular values over their sum (CPS-LoRA Figs. 4, 7), with either paper's effective rank: of
                   two things, so never compared with each other. Algebraic ranks (GraLoRA Table 4) are in JSON
-    angles.png    between the blocks of a k x k grid, before and after bi-clustering (CPS-LoRA App. L, Fig. 5)
+    angles.png    between the blocks of a k x k grid, of 8 / k vectors each, before and after bi-clustering
+                  (CPS-LoRA App. L, Fig. 5; `trained`, in JSON: by the clusters of the run itself)
     errors.png    the least that GFA and LoRA leave of all updates at a budget (GFA Def. 3.1, Prop. 3.2)
-    map-RUN.png   |ΔW| of a module, log scale, before and after bi-clustering (CPS-LoRA Fig. 1)
+    map-RUN.png   |ΔW| of a module, log scale, before and after bi-clustering (CPS-LoRA Fig. 1); contrast: the
+                  share of the variance of |ΔW| that lies between blocks
 A stage: CPS-LoRA's live one, whose angles and map are shown; the whole update where a method has no stages;
 none for others. ΔW = B A, or merged - base where there are no factors, in float64: 16 bytes a parameter.
 """

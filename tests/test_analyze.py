@@ -74,6 +74,9 @@ def test_an_effective_rank_is_that_of_equal_values_and_zeros_count_for_nothing()
 def test_algebraic_rank_is_numpys_of_the_float32_matrix(r):
     M = low_rank(12, 9, r).float()
     assert d.algebraic_rank(values(M.double()), M.shape) == np.linalg.matrix_rank(M.numpy()) == r
+    wide = torch.zeros(12, 100)
+    wide[0, 0], wide[1, 1] = 1, 5e-6
+    assert d.algebraic_rank(values(wide.double()), wide.shape) == np.linalg.matrix_rank(wide.numpy()) == 1
 
 
 def test_gralora_has_k_times_loras_rank():
@@ -139,12 +142,14 @@ def test_blocks_that_share_only_the_row_space_are_as_far_apart_as_their_columns_
     assert d.block_angle(M, rows, columns, 2) == pytest.approx(90)
 
 
-def test_a_side_of_unequal_sizes_is_left_out():
+def test_a_side_of_unequal_sizes_is_left_out_and_a_block_of_zeros():
     rows, columns = torch.tensor([0, 0, 0, 1, 1]), torch.zeros(6, dtype=torch.long)
     M = matrix(5, 6)
     V = [torch.linalg.svd(part)[2][:2].T for part in (M[:3], M[3:])]
     expected = d.principal_angles(*V).mean().item()
     assert d.block_angle(M, rows, columns, 2) == pytest.approx(expected)
+    assert d.block_angle(torch.cat([M, torch.zeros(2, 6)]), torch.cat([rows, torch.tensor([2, 2])]),
+                         columns, 2) == pytest.approx(expected)
     assert math.isnan(d.block_angle(M, torch.zeros(5, dtype=torch.long), columns, 2))     # one block
 
 
