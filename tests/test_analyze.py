@@ -226,6 +226,35 @@ def test_each_method_wins_on_its_own_target_and_not_on_the_nulls():
     assert d.lora_errors(null, [64])[0] < 1e-12 * norm
 
 
+# ---- all of them
+
+def test_a_stage_has_the_angles_and_the_effective_rank_of_cps_lora_and_the_whole_update_the_others():
+    whole, stage = matrix(16, 12), low_rank(16, 12, 5)
+    found = d.measures(whole, stage, None, (2, 4), "cosine", 4)
+    assert (found["rank"], found["eber_glora"]) == (12, d.eber_glora(values(whole)))
+    assert found["eber_cps"] == d.eber_cps(values(stage))
+    for k in (2, 4):                                    # of 4 / k vectors each
+        blocks = d.bicluster(stage, k)
+        assert found[f"angle_after_{k}"] == d.block_angle(stage, *blocks, 4 // k)
+        assert found[f"contrast_after_{k}"] == d.contrast(stage, *blocks)
+        plain = [torch.arange(n) * k // n for n in stage.shape]
+        assert found[f"angle_before_{k}"] == d.block_angle(stage, *plain, 4 // k)
+    none = d.measures(whole, None, None, (2,), "cosine", 4)
+    assert "eber_cps" not in none and none["contrast_after_2"] == d.contrast(whole, *d.bicluster(whole, 2))
+
+
+def test_an_update_of_one_stage_has_one_draw_of_each_null_and_errors_are_shares_of_it():
+    whole = {f"{i}.q": matrix(8, 6, seed=i) for i in range(3)}
+    result = d.analyze(whole, whole, {}, ks=(2,), budgets=(0, 1, 2))
+    for kind, spectra in result["spectra"].items():
+        assert spectra["accumulated"] == spectra["stage"], kind
+        assert result["errors"][kind]["gfa"][0] == pytest.approx(1) == result["errors"][kind]["lora"][0]
+    norm = sum(M.norm().item() ** 2 for M in whole.values())
+    one, two = d.lora_errors(list(whole.values()), [42, 84])     # three modules of 8 + 6
+    assert result["errors"]["update"]["lora"][1:] == pytest.approx([one / norm, two / norm])
+    assert result["errors"]["shuffled"]["lora"][1] != result["errors"]["update"]["lora"][1]
+
+
 # ---- the command
 
 @pytest.fixture(scope="module")
