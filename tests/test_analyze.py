@@ -323,6 +323,7 @@ def test_two_checkpoints_give_their_difference(tiny, tmp_path):
     changed = model.model.layers[1].self_attn.q_proj
     with torch.no_grad():
         changed.weight += low_rank(*changed.weight.shape, 2).float()
+        model.model.embed_tokens.weight += 1            # the tied head, too, which is no target
     checkpoint.save_merged(tmp_path / "m", model, tiny)
     whole, stage, trained = analyze.updates(tmp_path / "m", base=tiny)
     assert list(whole) == ["model.layers.1.self_attn.q_proj"] and stage is whole and trained == {}
