@@ -68,7 +68,7 @@ def measure(U, G, channel, grid):
 
 
 def rounded(x):
-    return [rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.4g}")
+    return [rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.3g}")
 
 
 @torch.no_grad()

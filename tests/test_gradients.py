@@ -108,14 +108,18 @@ def test_of_one_column_alone_the_deviations_are_known():
     assert found["share"] == pytest.approx((column[5] / column.norm()).square().item())
 
 
-def test_scaled_is_the_same_for_every_k_with_an_outlier_or_none():
-    """In the mean, x = i / r and o = i: sqrt(x / (1 + x)) for B = 0, sqrt(x / (2 + x)) for B noise."""
+def test_the_deviations_are_the_same_for_every_k_with_an_outlier_or_none():
+    """
+    In the mean, with x = i / r, o = i: each half of U is c G, c = s² r σ² = 4 / (3x), and c² x ‖G‖² of noise.
+    One half for B = 0, two for B noise.
+    """
     torch.manual_seed(0)
     gradients = [E.planted(128, 128, 7) for _ in range(8)]
     for one in (gradients, [G.flatten()[torch.randperm(G.numel())].view_as(G) for G in gradients]):
         for row in E.sweep(one, 7, (16, 64)):
-            x = 128 / row["r"]
-            halves = 1 if row["B"] == "zero" else 2
+            x, halves = 128 / row["r"], 1 if row["B"] == "zero" else 2
+            c = 4 / (3 * x)
+            assert row["as is"] == pytest.approx(((1 - halves * c) ** 2 + halves * c * c * x) ** 0.5, abs=0.1)
             assert row["scaled"] == pytest.approx((x / (x + halves)) ** 0.5, abs=0.03)
 
 
