@@ -20,8 +20,8 @@ Notation (paper, y = x W  ->  here, y = x Wᵀ: the paper's rows are input featu
 Differs from the paper: Alg. 1's line 6, W_t ← (W_{t-1} + ΔW_{t-1})[π_r, :][:, π_c], writes no
     weight: in bf16 a small ΔW would be rounded away. W stands until merge(), and the ended stages'
     factors run beside the live ones: the same function in every dtype. Each stage adds k r (i + o)
-    saved numbers a module and some time: the 2nd takes 1.01 of LoRA's step, the 10th 1.12 (2048²;
-    at 4096² 1.01 and 1.06, by 7 % more FLOPs; r = 8, k = 2, 512 tokens, one core). delta() and
+    saved numbers a module and some time: the 2nd takes 1.03 of LoRA's step, the 10th 1.15 (2048²;
+    at 4096² 1.01 and 1.07, by 7 % more FLOPs; r = 8, k = 2, 512 tokens, one core). delta() and
     factors() are of all stages, where Alg. 1 returns the last one's update.
     App. E, corrected: A, B are App. A's expanded factors; Eq. 2's scaling by D, left out there, is
     in; the products of rows are A (B r_refᵀ), and diag(A (B Bᵀ) Aᵀ) holds squared norms.

@@ -163,9 +163,9 @@ class GLoRALinear(nn.Module):
     def forward(self, x):
         dense = self.lora_local_A is None
         A, B = (self.lora_global_A, self.lora_global_B) if dense else self.live()
-        # Eq. 2, zeros outside of the region, in a pair of products with G: 1.00, 1.01, 1.01, 1.03,
-        # 1.07 of LoRA's time in stages 0 - 4 (2048², r = 8, 512 tokens, 2 cores); gather and
-        # index_add take 1.38, 1.19, 1.09, 1.06, 1.04.
+        # Eq. 2, zeros outside of the region, in a pair of products with G: 1.01, 1.01, 1.02, 1.03,
+        # 1.04 of LoRA's time in stages 0 - 4 (2048², r = 8, 512 tokens, 2 cores); gather and
+        # index_add cost more in the early stages, most in stage 0: the whole weight.
         x_ = self.dropout(x)
         # Bᵀ is copied row by row: a CPU is slow where a thin factor lies along its rank.
         update = F.linear(x_, A.to(x.dtype)) @ B.T.to(x.dtype).contiguous()
