@@ -74,6 +74,13 @@ def tensor_files(directory):
     return files
 
 
+def model_files(path):
+    """The files that a checkpoint's answers depend on."""
+    directory = resolve(path)
+    texts = (directory / name for name in ("config.json", *TEXT_FILES))
+    return [*filter(Path.exists, texts), *tensor_files(directory)]
+
+
 def read_headers(files):
     """{key: (file, shape, dtype)} of safetensors files; ValueError: one is not whole, a key is in two."""
     found = {}
@@ -250,24 +257,17 @@ def scaling(model):
     return json.dumps(sorted({m.scaling for m in layers}))
 
 
-def header(model, record, tensors):
-    """Of an adapter's file: its record and its layers' scales, and a hash of these and of the tensors."""
-    facts = dict(format="pt", record=json.dumps(record, sort_keys=True), scaling=scaling(model))
-    return facts | {"sha256": seal(facts, tensors)}
-
-
 def save_adapter(directory, model, record):
-    """
-    Writes the adapter of an injected model. record: method, targets (a list of names), rank, alpha, dropout,
-    the method's own flags under "own", and the base model's name.
-    """
+    """Writes an injected model's adapter. record: method, targets, rank, alpha, dropout, own flags, model."""
     tensors = {name: t.detach().contiguous() for name, t in adapter_tensors(model).items()}
     if not tensors:
         raise ValueError("nothing to save: the model has no lora_ tensor and nothing trains")
     if bad := [name for name, t in tensors.items() if not t.isfinite().all()]:
         raise ValueError(f"not saved: {bad[0]} is not finite ({len(bad)} such tensors)")
+    facts = dict(format="pt", record=json.dumps(record, sort_keys=True), scaling=scaling(model))
+    facts["sha256"] = seal(facts, tensors)
     with new_directory(directory) as part:
-        save_file(tensors, str(part / "adapter.safetensors"), metadata=header(model, record, tensors))
+        save_file(tensors, str(part / "adapter.safetensors"), metadata=facts)
         write_json(part / "adapter.json", record)
 
 
@@ -465,6 +465,5 @@ def save_merged(directory, model, source):
 
 
 if __name__ == "__main__":
-    import export  # which imports this file under its name
-
-    export.main()
+    from export import main  # which imports this file under its name
+    main()

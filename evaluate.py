@@ -21,7 +21,7 @@ from checkpoint import Parser
 from config import check_labels
 from data import tasks, text
 from decode import batches, generate, stream
-from files import check, digest
+from files import check, digest, read_json, write_json
 from model import first_non_finite
 
 # ------------------------------------------------------------------------------------ likelihood
@@ -312,9 +312,7 @@ def contents(args, sets):
     found = {f"content of {name}": digest(rows) for name, rows in sets.items()}
     found["content of the prompt"] = digest(*map(text.prompt_text, rows))
     try:
-        base = checkpoint.resolve(args.model)
-        own = [base / name for name in checkpoint.TEXT_FILES if (base / name).exists()]
-        found["content of the model"] = digest(base / "config.json", *checkpoint.tensor_files(base), *own)
+        found["content of the model"] = digest(*checkpoint.model_files(args.model))
         if args.adapter:
             files = ("adapter.json", "adapter.safetensors")
             found["content of the adapter"] = digest(*(Path(args.adapter, name) for name in files))
@@ -333,7 +331,7 @@ def check_out(out, settings, score_only):
     file = out / "args.json"
     if not file.is_file():
         raise ValueError(f"{out}: exists already, and holds no run of evaluate.py")
-    held = checkpoint.read_json(file)
+    held = read_json(file)
     other = [key for key in settings if settings[key] != held.get(key)]
     other = [key if "content" in key else f"{key} {held.get(key)!r}" for key in other]
     if other:
@@ -355,9 +353,7 @@ def load_model(args, module=None, sets=()):
     elif "generate" not in model.KINDS:
         raise ValueError(f"--prompt: a model of model_type {model.cfg.model_type!r} generates nothing")
     if args.adapter:
-        record = checkpoint.load_adapter(model, args.adapter, args.method)[1]
-        args.template = record.get("template", True)
-        named = record.get("model") or args.model
+        named = checkpoint.load_adapter(model, args.adapter, args.method)[1].get("model") or args.model
         if Path(named).resolve() != Path(args.model).resolve():
             print(f"note: the adapter was trained on {named}")
     elif model.fresh_head:
@@ -368,13 +364,13 @@ def load_model(args, module=None, sets=()):
 def answer(args):
     """Responds to --prompt; without a text to a line after the other, up to an empty one or none."""
     torch.manual_seed(args.seed)
-    args.template = True                # but for an adapter that was trained without
     model, tokenizer = load_model(args)
+    record = read_json(Path(args.adapter, "adapter.json")) if args.adapter else {}
+    field = "instruction" if record.get("template", True) else "prompt"         # as it was trained
     ask = lambda: input("> " * sys.stdin.isatty())
     try:
         for words in iter(ask, "") if args.prompt is True else [args.prompt]:
-            row = dict(instruction=words) if args.template else dict(prompt=words)  # as it was trained
-            ids = text.prompt_ids(tokenizer, row, args.max_new_tokens)
+            ids = text.prompt_ids(tokenizer, {field: words}, args.max_new_tokens)
             stream(model, tokenizer, ids, args.max_new_tokens, args.temperature, args.top_p)
     except (EOFError, KeyboardInterrupt):
         print(end="\n" * sys.stdin.isatty())
@@ -406,7 +402,7 @@ def run(args):
         sets = {name: rows for name, rows in sets.items() if (out / f"{name}.jsonl").exists()}
     if out and not out.exists():
         out.mkdir(parents=True)
-        checkpoint.write_json(out / "args.json", settings)
+        write_json(out / "args.json", settings)
     name_file = lambda name: out and out / f"{Path(name).stem}.jsonl"
     table = evaluate_sets(model, tokenizer, module, sets, name_file, rule=args.rule, n=args.n,
                           temperature=args.temperature, top_p=args.top_p, execute=args.allow_code_execution)

@@ -87,11 +87,8 @@ def clear(directory, name=None):
 
 def inputs(args, method, rows, sets):
     """Hashes of the method's file, the rows, and the model's files: of weights the header and both ends."""
-    directory = checkpoint.resolve(args.model)
-    texts = [directory / name for name in ("config.json", *checkpoint.TEXT_FILES)]
-    parts = [file for file in texts if file.exists()] + checkpoint.tensor_files(directory)
-    return {"the method's file": digest(Path(method.__file__)), "the model's files": digest(*parts),
-            "the data's rows": digest(rows, sets)}
+    return {"the method's file": digest(Path(method.__file__)), "the data's rows": digest(rows, sets),
+            "the model's files": digest(*checkpoint.model_files(args.model))}
 
 
 def compare(out, args, env):

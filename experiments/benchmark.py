@@ -32,6 +32,7 @@ import train
 from data import tasks, text
 from decode import generate
 from evaluate import nll
+from files import read_json, write_json
 from model import targets_of
 
 SHAPES = {name: dict(model_type=kind, hidden_size=d, intermediate_size=f, num_hidden_layers=n, vocab_size=v,
@@ -270,7 +271,7 @@ def prepare(args):
         bf16=sorted({*re.findall("avx512_bf16|amx_bf16", said)}), transformers=transformers.__version__)
     now = time.process_time if args.clock == "cpu" else time.perf_counter
     dtype, rounds = torch.bfloat16 if gpu else torch.float32, 1 if args.quick else args.rounds
-    own = checkpoint.read_json(checkpoint.resolve(args.model) / "config.json")
+    own = read_json(checkpoint.resolve(args.model) / "config.json")
     config = SHAPES.get(args.shape, own)
     with device:
         model = checkpoint.build(config) if args.shape else checkpoint.load(args.model, dtype, device)
@@ -330,7 +331,7 @@ def main(argv=None):
         for r in parts[part]:
             spread = f"{r['what']:40} {r['median']:8.3f} {r['unit']} [{r['low']:.3f}, {r['high']:.3f}]"
             print("  ".join([spread, *(f"{key} {r[key]:.3f}" for key in list(r)[6:])]), flush=True)
-        checkpoint.write_json(out / f"{name}.json", result)
+        write_json(out / f"{name}.json", result)
     if ratios := [r for found in parts.values() for r in found if r["unit"] == "x"]:
         draw(out / f"{name}.png", ratios)
 

@@ -18,6 +18,7 @@ from tokenizers.processors import RobertaProcessing
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 from data import glue
+from files import write_json
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]        # ids 0 - 4, as RoBERTa has them
 
@@ -36,7 +37,7 @@ def make(directory, data, vocabulary=4096, width=128, layers=4, seed=42):
                   num_attention_heads=width // 32, intermediate_size=4 * width, max_position_embeddings=514,
                   type_vocab_size=1, layer_norm_eps=1e-5, hidden_dropout_prob=0.1,
                   attention_probs_dropout_prob=0.1, bos_token_id=0, pad_token_id=1, eos_token_id=2)
-    checkpoint.write_json(directory / "config.json", config)
+    write_json(directory / "config.json", config)
     torch.manual_seed(seed)
     net = checkpoint.build(config)
     for name, p in net.named_parameters():
