@@ -2,41 +2,71 @@
 G-LoRA: Global-Local Decoupled Low-Rank Adaptation (Xiong et al., Findings of ACL 2026). Official
 code: none. Not Generalized LoRA (arXiv 2306.07967), which other libraries call `glora`.
 
-Two adapters split LoRA's parameter budget. The global one covers the whole weight; the local one
-does at first, too, and at each re-initialisation keeps the half of its input and the half of its
-output features that mattered most, at twice the rank. Both start on singular triplets, of W and
-later of W_res on the region, which leave the frozen weight: but for rounding, no start changes the
-function.
+Two adapters share LoRA's parameter budget. The global one, G, always covers the whole weight. The
+local one, L, does at first, too; each re-initialisation merges it into the frozen weight, keeps the
+half of its input and the half of its output features that mattered most, and starts a new L on that
+quarter of its region, at twice the rank: sides halved, rank doubled, so the count stays.
 
     y = x W_res + x G_A G_B + (x[:, R] L_A L_B, placed at the columns C)                   (Eq. 2)
 
-Notation (paper, y = x W  ->  here, y = x Wᵀ: the paper's rows are input features):
-    m, n         i, o and m, n    input and output features: of the weight, and of the region
-    i            s                stage: how many re-initialisations came before
-    (1-α)r, αr   r_g, r_l         rank · g / (g + l) and rank · l / (g + l), for --ratio g:l
-    G_A, G_B     lora_global_A (r_g, i), lora_global_B (o, r_g), transposed
-    L_A, L_B     lora_local_A (r, m), lora_local_B (n, r), transposed; r = 2^s r_l
-    π_r, π_c     lora_rows (m), lora_columns (n): R, C, the features they put first, in any order
-    W_res        base.weight = pretrained + lora_fixed_B lora_fixed_A, rounded once. These hold, at
-                 full width, what G and every L took at their start (minus, in B) and what every
-                 merged L became: up to r_g + r_l (3 · 2^s - 2) rows of A; 98 at rank 8, 3:1, after
-                 4 re-initialisations; 278 at 1:3, 1.17 GB in fp32 for LLaMA2-7B's q, k, v, o.
+Both start on singular triplets of the weight, which then leave W_res, so that no start changes the
+function (but for rounding). G starts on the last triplets, of least energy: it moves everything and
+shall not disturb what W mostly does. L starts on the first: its few features move along what W does
+most with them. Sizes of a module, s re-initialisations later (letters: see the table below):
+    trains   r_g (i + o) + r (m + n) <= rank (i + o), LoRA's; equal where 2^s divides i and o, until
+             a pair would cost as much as its region: then r_g (i + o) + m n
+    rank     G + L: at most r_g + r (Prop. 1: at least r - r_g, if all factors are of full rank);
+             all that changed in W, factors(): at most 2 r_g + 2 r_l (2^(s+1) - 1), which is 136 for
+             rank 8, 3:1, s = 4, and 376 at 1:3
+    saved    every lora_ tensor: what trains, the indices, and the fixed factors, F (i + o) numbers,
+             F = r_g + r_l (3 · 2^s - 2), in fp32: for LLaMA2-7B's q, k, v, o at rank 8, s = 4, 0.41
+             GB at 3:1 (F = 98), 1.17 GB at 1:3 (F = 278); the same on the device
+    host     a copy of the pretrained weights, in their dtype (4.3 GB there), to make W_res from
 
-Differs from the paper: Eq. 2 sums the local adapters of all stages and Eq. 11 merges each of them
-    into W_res, which counts them twice: here one is live, and the earlier ones are in W_res.
-    Alg. 1 neither subtracts L nor doubles r_l nor puts W_res back in order; lines 2 and 15 slip in
-    their indices: Eqs. 11 - 15 hold. Eq. 5 subtracts G alone: at stage 0 L leaves W, too (§3.2).
-    App. J.2 decomposes L alone, whose rank is half of what Eq. 14 takes: not followed.
-Left open by the paper: the direction of Eq. 10, descending; the gradient of Eq. 9, of whole
-    optimizer steps, scores averaged over the stage, magnitudes where there was none; Table 4's
-    `grad` and `fisher`, mean |g| and g²; Table 6 at stage 0, L's choice among the triplets that G
-    left; "full fine-tuning" of a region, one block that starts at 0 and is kept; randomized SVD, a
-    sketch of oversample · r columns, two power iterations, exact at stage 0 and for trailing
-    triplets, which no sketch finds; optimizer state, L's dropped, G's and a dense L's kept; scale,
-    none; dropout's place, on x, one mask for both. With dropout the start is not
-    the pretrained function, as the adapters hold weight; weight decay, for the same reason, shrinks
-    W itself: the default of both is 0. A triplet of σ = 0 has no gradient: a weight of lower rank
-    wastes those of a `bottom` start.
+    loss.backward()                                     # of every micro-batch of step t of T
+    observe(model, t, T)                                # adds to L's scores; clip only after it
+    optimizer.step(), optimizer.zero_grad()
+    if a stage ends here and t < T: reinit(model, optimizer)        # and merge(model) at the end
+
+reinit_every counts epochs ("60s": steps). The paper's 10 epochs, re-initialised every 2nd, are five
+stages, s = 0 .. 4, with four re-inits between them: none at the end, where its L would not train.
+
+Notation (paper, y = x W  ->  here, y = x Wᵀ: the paper's rows are input features):
+    m, n           i, o       input, output features of the weight W (o, i)
+    m/2^i, n/2^i   m, n       those of L's region: ⌊i / 2^s⌋, ⌊o / 2^s⌋; at first the whole weight
+    i              s          stage: how many re-initialisations came before
+    r              rank       LoRA's at this budget; shared out as r_g + r_l
+    (1-α)r, αr     r_g, r_l   rank · g / (g + l), rank · l / (g + l), for --ratio g:l
+    2^i αr         r          rank of the live L: 2^s r_l
+    G_A, G_B       lora_global_A (r_g, i), lora_global_B (o, r_g), transposed
+    L_A, L_B       lora_local_A (r, m), lora_local_B (n, r), transposed
+    R, C           lora_rows (m), lora_columns (n): the region's input, output features, ascending:
+                   those that the paper's orders π_r, π_c put first; no weight is permuted
+    W_res          base.weight = pretrained + lora_fixed_B lora_fixed_A, rounded once. The fixed
+                   factors, A (F, i) and B (o, F), list what left and entered W so far: the starts
+                   of G and of every L (B negated), and what every merged L had become
+
+Differs from the paper: Eq. 2 sums the L of all stages, Eq. 11 merges each into W_res: together they
+        count it twice. Here one L is live, the earlier ones are in W_res. (The sum would be right
+        if W_res were the pretrained weight minus the starts of G and of every L.)
+    Eq. 5 subtracts G alone: at stage 0 L's start leaves W, too (§3.2).
+    App. J.2 decomposes L alone, whose rank is half of what Eq. 14 takes: we take W_res + L.
+Left open by the paper (gap: our choice, because):
+    direction of Eq. 10: descending, as the first half is what Eq. 13 cuts out.
+    gradient of Eq. 9: of whole steps, or the region would depend on the micro-batch's size.
+    Eq. 9 over a stage: the mean over its steps, as one batch is noise; or the last step's.
+    Table 4's `grad`, `fisher`: |g|, g² in Eq. 9's place, as these names mean elsewhere.
+    no gradient in a stage: the factors' magnitudes, and a warning, as some order is needed.
+    Table 6 at stage 0: L's first or last among the triplets that G left; W minus G itself ends in
+        r_g triplets of σ = 0, whose factors, hence gradients, are 0: they would never train.
+    "full fine-tuning" of a region: one block (n, m), 0 at first, kept: it is to shrink no further.
+    randomized SVD: a sketch of oversample · r columns (its 4x, 8x), two power iterations; exact at
+        stage 0, as Table 16's times are, and for last triplets, which no sketch finds.
+    optimizer state: L's is dropped, as its shapes change; G's and a dense L's go on.
+    scale: none, as none is printed.
+    place of dropout: on x, one mask for both; 0 unless set, as is weight decay: the adapters hold a
+        part of W, so with dropout the start is another function, and decay would shrink W itself.
+Slips in print (Eqs. 11 - 15 hold): Alg. 1 neither subtracts L nor doubles r_l; its lines 2, 15.
 """
 import warnings
 
@@ -44,6 +74,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+# Of every entry of L, here either of L's factors, and g, its gradient. |θ g| is to first order what
+# the loss would change by if the entry θ were 0 (Eqs. 6 - 8). The factors are scored, not W, as a
+# gradient of W's size would take full fine-tuning's memory.
 IMPORTANCE = {"taylor": lambda L, g: (L * g).abs(),                     # Eq. 9
               "grad": lambda L, g: g.abs(),                             # Table 4
               "fisher": lambda L, g: g * g}                             # Table 4
@@ -54,34 +87,36 @@ DEFAULTS = {"ratio": ("3:1", "rank of the global to rank of the local adapter"),
             "importance_window": ("stage", "its mean score, or its last step's", ("stage", "last")),
             "global_init": ("bottom", "triplets that G starts on", ("bottom", "top")),
             "local_init": ("top", "triplets that L starts on", ("top", "bottom"))}
-COMMON = {"reinit_every": "2"}
-TINY = {"lr": 5e-3, "reinit_every": "60s"}   # on the bundled model; "2": epochs, "60s": steps
+COMMON = {"reinit_every": "2"}           # epochs
+TINY = {"lr": 5e-3, "reinit_every": "60s"}   # on the bundled model; 60 steps
 PRESET = "glora"                        # whose rows of presets.py apply
 
 
 def exact_svd(M, take):
     """
-    U (n, k), Σ (k), V (m, k) of M (n, m): the triplets at the k positions `take`, counted from the
-    largest. From the eigenvectors of the smaller Gram matrix, in float64, as its condition is M's
-    squared: a σ's are off by about 2e-16 (σ₁ / σ)². The other side's are formed only where taken.
+    U (n, k), S (k), V (m, k) of M (n, m): its singular triplets at the k positions `take`, where 0
+    is the largest. V are eigenvectors of Mᵀ M (a wide M is transposed first), U = M V / S, formed
+    for these k alone. In float64, as Mᵀ M has M's condition squared: the vectors at a σ are off by
+    about 2e-16 (σ₁ / σ)², where σ₁ is the largest. It takes 0.6 of the time of torch's SVD in
+    float64, as long as that in float32 (4096², one core).
     """
     if len(M) < M.shape[1]:
         return exact_svd(M.T, take)[::-1]
     M64 = M.to("cpu" if M.device.type == "mps" else M.device, torch.float64)    # MPS has no float64
     V = torch.linalg.eigh(M64.T @ M64).eigenvectors.flip(1)[:, take]
-    U = M64 @ V         # In all 0.6 of an SVD's time in float64, 1.0 in float32 (4096², one core).
+    U = M64 @ V
     S = U.norm(dim=0)
     return (U / S.clamp(min=torch.finfo(S.dtype).tiny)).to(M), S.to(M), V.to(M)
 
 
 def take_end(order, k, where):
-    """The k first ("top") or last ("bottom") of `order`, and the others."""
+    """The k first ("top") or last ("bottom") of `order`, largest σ first, and the others."""
     first, last = order.split((k, len(order) - k) if where == "top" else (len(order) - k, k))
     return (first, last) if where == "top" else (last, first)
 
 
 def region_svd(M, k, svd, oversample, local_init, **_):
-    """The k triplets of a region M (n, m) that its local adapter starts on (Eq. 13)."""
+    """U, S, V as exact_svd's: the k triplets of a region M (n, m) that L starts on (Eq. 13)."""
     if svd == "exact" or local_init == "bottom" or oversample * k >= min(M.shape):
         return exact_svd(M, take_end(torch.arange(min(M.shape)), k, local_init)[0])
     U, S, V = torch.svd_lowrank(M, q=oversample * k, niter=2)        # Halko et al. 2011
@@ -89,18 +124,24 @@ def region_svd(M, k, svd, oversample, local_init, **_):
 
 
 def balanced(U, S, V):
-    """A = Σ^½ Vᵀ (k, m) and B = U Σ^½ (n, k), so B A = U Σ Vᵀ (Eqs. 5, 14)."""
+    """
+    A = Σ^½ Vᵀ (k, m) and B = U Σ^½ (n, k), so B A = U Σ Vᵀ (Eqs. 5, 14). A triplet of σ = 0 never
+    trains (both gradients are 0): a weight of lower rank wastes those of a `bottom` start.
+    """
     return (V * S.sqrt()).T.contiguous(), U * S.sqrt()
 
 
 def most_important(score, dim):
-    """Positions, ascending, of the half of the features with the largest ℓ2 norms (Eq. 10)."""
+    """
+    Positions, ascending, of the half of the features with the largest ℓ2 norms (Eq. 10) of their
+    scores over dim, the rank axis. Rounded down; of equal ones the first.
+    """
     order = score.norm(dim=dim).argsort(descending=True, stable=True)
     return order[:len(order) // 2].sort().values                        # Alg. 1, line 12
 
 
 def is_dense(r, n, m):
-    """Whether a pair of rank r costs as much as its whole (n, m) region (§3.2.2)."""
+    """Whether a pair of rank r has as many numbers as its whole (n, m) region (§3.2.2)."""
     return r * (n + m) >= n * m
 
 
@@ -114,74 +155,81 @@ def add_update(base, x, update):
 
 
 class GLoRALinear(nn.Module):
-    """y = x W_resᵀ + bias + x̃ (G + L)ᵀ, x̃ = dropout(x), for x (..., i) -> (..., o)."""
+    """
+    y = x W_resᵀ + bias + x̃ (G + L)ᵀ, x̃ = dropout(x), for x (..., i) -> (..., o). G and L, (o, i),
+    are the products B A of their factors, L with zeros outside of its region.
+    """
     STATE = ("scores",)     # what a resumed run needs beside the saved tensors
 
     def __init__(self, base, r_g, r_l, dropout, own):
         super().__init__()
         self.base, self.dropout, self.own = base, nn.Dropout(dropout), own
-        self.pretrained = None                          # write copies W here, on the CPU
+        self.pretrained = None                          # write() copies W here, on the CPU
         (o, i), W = base.weight.shape, base.weight.detach()
         W = W.to(torch.promote_types(W.dtype, torch.float32))
         A, B = W.new_empty(r_g + r_l, i), W.new_empty(o, r_g + r_l)
         if not W.is_meta:                               # there only shapes are wanted
-            G, others = take_end(torch.arange(min(o, i)), r_g, own["global_init"])
-            L, _ = take_end(others, r_l, own["local_init"])
-            A, B = balanced(*exact_svd(W, torch.cat((G, L))))       # Eqs. 4, 5, Alg. 1 line 15
+            for_G, others = take_end(torch.arange(min(o, i)), r_g, own["global_init"])
+            for_L, _ = take_end(others, r_l, own["local_init"])
+            A, B = balanced(*exact_svd(W, torch.cat((for_G, for_L))))   # Eqs. 4, 5, Alg. 1 line 15
         (G_A, L_A), (G_B, L_B) = A.split((r_g, r_l)), B.split((r_g, r_l), 1)
         # Clones: parameters share no storage.
-        self.lora_global_A, self.lora_global_B = (nn.Parameter(G.clone()) for G in (G_A, G_B))
+        self.lora_global_A, self.lora_global_B = (nn.Parameter(f.clone()) for f in (G_A, G_B))
         self.lora_fixed_A, self.lora_fixed_B = nn.Buffer(G_A.clone()), nn.Buffer(-G_B)      # Eq. 5
         pair = (None, torch.zeros_like(W)) if is_dense(r_l, o, i) else (L_A.clone(), L_B.clone())
         self.start(torch.arange(i, device=W.device), torch.arange(o, device=W.device), *pair)
         if not W.is_meta:
-            self.move(-1)
+            self.move(-1)                               # L leaves, as G did in lora_fixed above
 
     def start(self, rows, columns, A, B):
-        """A local adapter on this region: A (r, m), B (n, r); or, dense, A None and B (n, m)."""
+        """L on rows (m) and columns (n) is now A (r, m), B (n, r); or, dense, no A and B (n, m)."""
         self.lora_rows, self.lora_columns = nn.Buffer(rows), nn.Buffer(columns)
         self.lora_local_A = None if A is None else nn.Parameter(A)
-        self.lora_local_B, self.scores = nn.Parameter(B), None      # scores of A, B: see observe
+        self.lora_local_B, self.scores = nn.Parameter(B), None      # scores: observe's, of A and B
 
     def local(self):
-        """A (r, i), B (o, r) of the local update: zero outside of its region."""
+        """A (r, i), B (o, r) of L, zero outside of its region; of a dense L, A is the identity."""
         A, B, (o, i) = self.lora_local_A, self.lora_local_B, self.base.weight.shape
-        A = B.new_ones(B.shape[1]).diag() if A is None else A
+        A = torch.eye(B.shape[1], dtype=B.dtype, device=B.device) if A is None else A
         return (A.new_zeros(len(A), i).index_copy(1, self.lora_rows, A),
                 B.new_zeros(o, len(A)).index_copy(0, self.lora_columns, B))
 
     def live(self):
-        """A (r_g + r, i), B (o, r_g + r) of both adapters: G + L = B A."""
+        """A (r_g + r, i), B (o, r_g + r) of both adapters: G + L = B A (G alone is Eq. 3)."""
         A, B = self.local()
         return torch.cat((self.lora_global_A, A)), torch.cat((self.lora_global_B, B), 1)
 
     def total(self):
-        """A, B of the whole update against the pretrained weight: all stages, this one included."""
+        """A, B of the update of all stages: pretrained + B A = W_res + G + L."""
         A, B = self.live()
         return torch.cat((self.lora_fixed_A, A)), torch.cat((self.lora_fixed_B, B), 1)
 
     def forward(self, x):
         dense = self.lora_local_A is None
         A, B = (self.lora_global_A, self.lora_global_B) if dense else self.live()
-        # Eq. 2, zeros outside of the region, in a pair of products with G: 1.01, 1.01, 1.02, 1.03,
-        # 1.04 of LoRA's time in stages 0 - 4 (2048², r = 8, 512 tokens, 2 cores); gather and
-        # index_add cost more in the early stages, most in stage 0: the whole weight.
+        # Eq. 2, zeros outside of the region, in one pair of products with G: forward and backward
+        # take 1.01, 1.01, 1.02, 1.03, 1.04 of a LoRA layer's time in stages 0 - 4 (2048², rank 8,
+        # 512 tokens, 2 cores). To gather x[:, R] and add at C costs more in the early stages, most
+        # in stage 0, where the region is the whole weight.
         x_ = self.dropout(x)
         # Bᵀ is copied row by row: a CPU is slow where a thin factor lies along its rank.
         update = F.linear(x_, A.to(x.dtype)) @ B.T.to(x.dtype).contiguous()
-        if dense:                                       # as a pair it would be m wide
+        if dense:                                       # as a pair with zeros it would be m wide
             block = F.linear(x_.index_select(-1, self.lora_rows), self.lora_local_B.to(x.dtype))
             update = update.index_add(-1, self.lora_columns, block)
         return add_update(self.base, x, update)
 
     def delta(self):
         A, B = self.live()
-        return B @ A                                                            # (o, i)
+        return B @ A                    # (o, i), on top of W_res; total() has all since pretrained
 
     @torch.no_grad()
     def move(self, sign):
-        """L enters (+1, Eq. 11) or leaves (-1, Eqs. 14, 15) W_res, which is returned unrounded."""
-        if self.lora_local_A is not None:               # a dense one starts at 0
+        """
+        L, as it now is, enters W_res (+1, Eq. 11) or leaves it (-1, Eqs. 14, 15): its factors join
+        the fixed ones. W_res, written rounded, is returned unrounded.
+        """
+        if self.lora_local_A is not None:               # a dense L starts at 0: nothing leaves
             A, B = self.local()
             self.lora_fixed_A = torch.cat((self.lora_fixed_A, A))
             self.lora_fixed_B = torch.cat((self.lora_fixed_B, sign * B), 1)
@@ -189,13 +237,16 @@ class GLoRALinear(nn.Module):
 
     @torch.no_grad()
     def write(self, A, B):
-        """W = pretrained + B A, rounded once whatever the number of stages; returned unrounded."""
+        """
+        base.weight = pretrained + B A, rounded once whatever the number of stages: to add each
+        stage to a bf16 weight would round every time. Returned unrounded.
+        """
         if self.pretrained is None:
             self.pretrained = self.base.weight.detach().to("cpu", copy=True)
         W = self.pretrained.to(A) + B @ A
-        # Plain rounding is enough: held-out loss with a bf16 base, against fp32's, after four
-        # re-inits: +0.3 % (3:1), +0.5 % (1:3) at learning rate 1e-4, -0.1 % (3:1) at 3e-4
-        # (SmolLM2-135M, all seven linears, rank 8, 60 steps of 4 GSM8K examples, one seed).
+        # Rounding to nearest is enough: held-out loss with a bf16 base, against an fp32 one's,
+        # after four re-inits: +0.3 % (3:1), +0.5 % (1:3) at learning rate 1e-4, -0.1 % (3:1) at
+        # 3e-4 (SmolLM2-135M, all seven linears, rank 8, 60 steps of 4 GSM8K examples, one seed).
         self.base.weight.copy_(W)
         return W
 
@@ -238,7 +289,7 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, ratio="3:1", svd="e
     """
     Freeze the model, wrap its targets in place; base.weight becomes W_res, by one SVD each.
     ValueError for an alpha (no scale is printed), a bad target, dropout or choice, a rank
-    outside 1..min(in, out), a ratio that does not divide it.
+    outside 1..min(in, out), a ratio g:l of which g + l does not divide it.
     """
     own = dict(ratio=ratio, svd=svd, oversample=oversample, importance=importance,
                importance_window=importance_window, global_init=global_init, local_init=local_init)
@@ -271,15 +322,16 @@ def layers(model):
 @torch.no_grad()
 def observe(model, t, T):
     """
-    Score the local factors by the gradients that stand (Eq. 9): once an optimizer step, with those
-    of the whole batch, before clipping. The sum over a stage orders the features as its mean does.
+    Score L's factors by the gradients that stand (Eq. 9): once an optimizer step t of T, with those
+    of the whole accumulated batch, as the sum of the micro-batches' |θ g| is not the batch's |θ g|;
+    before clipping, which would weigh the steps. A sum over the stage orders features as its mean.
     """
     for layer in layers(model).values():
         A, B = layer.lora_local_A, layer.lora_local_B
         if A is None or A.grad is None or B.grad is None:
-            layer.scores = layer.scores or []           # observed, without a gradient
+            layer.scores = layer.scores or []           # [], not None: observed, but no gradient
             continue
-        scores = [IMPORTANCE[layer.own["importance"]](L, L.grad) for L in (A, B)]
+        scores = [IMPORTANCE[layer.own["importance"]](p, p.grad) for p in (A, B)]
         if layer.scores and layer.own["importance_window"] == "stage":
             scores = [earlier + now for earlier, now in zip(layer.scores, scores)]
         layer.scores = scores
@@ -287,7 +339,11 @@ def observe(model, t, T):
 
 @torch.no_grad()
 def reinit(model, optimizer):
-    """The next stage of every local adapter (Eqs. 10 - 15); a dense one stays as it is (§3.2.2)."""
+    """
+    The next stage of every L (Eqs. 10 - 15); a dense one stays as it is (§3.2.2). After zero_grad,
+    never after the last step. L's new factors replace the old in the optimizer's groups: whoever
+    keeps a list of parameters takes it anew.
+    """
     silent = []
     for name, layer in layers(model).items():
         A, B, scores = layer.lora_local_A, layer.lora_local_B, layer.scores
@@ -298,7 +354,7 @@ def reinit(model, optimizer):
             scores = A.abs(), B.abs()
         rows = layer.lora_rows[most_important(scores[0], 0)]                    # Eq. 10
         columns = layer.lora_columns[most_important(scores[1], 1)]
-        W = layer.move(+1)                                                      # Eq. 11
+        W = layer.move(+1)      # (o, i); with L in it twice till start()       # Eq. 11
         M, r = W[columns][:, rows], 2 * len(A)                                  # Eq. 12, (n, m)
         pair = ((None, torch.zeros_like(M)) if is_dense(r, *M.shape) else
                 balanced(*region_svd(M, r, **layer.own)))                       # Eqs. 13, 14
@@ -311,7 +367,10 @@ def reinit(model, optimizer):
 
 
 def replace(optimizer, old, new):
-    """Parameter `new`, or none, takes the place of `old` in its group; the state of `old` goes."""
+    """
+    Parameter `new` takes the place of `old` in its group, or none does where `new` is None, as for
+    the A of an L that turned dense; the state (Adam's moments) of `old` goes.
+    """
     optimizer.state.pop(old, None)
     for group in optimizer.param_groups:
         swapped = [new if p is old else p for p in group["params"]]
@@ -329,7 +388,7 @@ def merge(model):
 
 
 def factors(model):
-    """{name: (A (R, in), B (out, R))} of the update over all stages: what each took and left."""
+    """{name: (A (R, in), B (out, R))} of the update of all stages to the pretrained weight."""
     return {name: tuple(f.detach() for f in layer.total()) for name, layer in layers(model).items()}
 
 
@@ -339,7 +398,7 @@ def restore(model, tensors):
     for name, layer in layers(model).items():
         (o, i), W = layer.base.weight.shape, layer.base.weight
         new = dict(device=W.device, dtype=layer.lora_global_A.dtype)
-        A, B, L = (tensors.get(f"{name}.lora_{key}") for key in ("fixed_A", "fixed_B", "local_A"))
+        A, B, local = (tensors.get(f"{name}.lora_{x}") for x in ("fixed_A", "fixed_B", "local_A"))
         if A is None or B is None or A.shape[1:] != (i,) or B.shape != (o, len(A)):
             raise ValueError(f"tensors {name}.lora_fixed_A and _B are missing or not for {o} x {i}")
         places = []
@@ -349,8 +408,8 @@ def restore(model, tensors):
                 raise ValueError(f"tensor {name}.lora_{key}, expected distinct, below {size}")
             places.append(index.to(W.device, torch.long))
         m, n = map(len, places)
-        r = m if L is None else L.numel() // m
+        r = m if local is None else local.numel() // m              # none saved: L was dense
         pair = torch.empty(r, m, **new), torch.empty(n, r, **new)   # load_state_dict fills them
-        layer.start(*places, None if L is None else pair[0], pair[1])
+        layer.start(*places, None if local is None else pair[0], pair[1])
         layer.lora_fixed_A, layer.lora_fixed_B = A.to(**new), B.to(**new)
         layer.write(layer.lora_fixed_A, layer.lora_fixed_B)
