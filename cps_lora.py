@@ -118,8 +118,8 @@ def spectral_embedding(P, Q, d):
     Q = torch.cat((Q, Q.new_ones(b, 1)), 1)
     D_r, D_c = P @ Q.sum(0), Q @ P.sum(0)                               # (a,), (b,)
     eps = torch.finfo(P.dtype).eps      # a row of minima sums to rounding: no division by that
-    # Q_P and Q_Q have orthonormal columns: the singular vectors of S = Q_P (T_P T_Qᵀ) Q_Qᵀ are those
-    # of the middle, at most (w + 1, w + 1), multiplied by Q_P and by Q_Q.
+    # Q_P and Q_Q have orthonormal columns: the singular vectors of S = Q_P (T_P T_Qᵀ) Q_Qᵀ are
+    # those of the middle, at most (w + 1, w + 1), multiplied by Q_P and by Q_Q.
     Q_P, T_P = torch.linalg.qr(P / D_r.clamp(min=eps * D_r.max()).sqrt()[:, None])
     Q_Q, T_Q = torch.linalg.qr(Q / D_c.clamp(min=eps * D_c.max()).sqrt()[:, None])
     U, _, Vh = torch.linalg.svd(T_P @ T_Q.T)                            # App. E: a small SVD

@@ -116,7 +116,10 @@ def take_end(order, k, where):
 
 
 def region_svd(M, k, svd, oversample, local_init, **_):
-    """U, S, V as exact_svd's: the k triplets of a region M (n, m) that L starts on (Eq. 13)."""
+    """
+    U, S, V as exact_svd's: the k triplets of a region M (n, m) that L starts on (Eq. 13). Exact
+    also where a sketch would be as wide as the region.
+    """
     if svd == "exact" or local_init == "bottom" or oversample * k >= min(M.shape):
         return exact_svd(M, take_end(torch.arange(min(M.shape)), k, local_init)[0])
     U, S, V = torch.svd_lowrank(M, q=oversample * k, niter=2)        # Halko et al. 2011
@@ -340,9 +343,10 @@ def observe(model, t, T):
 @torch.no_grad()
 def reinit(model, optimizer):
     """
-    The next stage of every L (Eqs. 10 - 15); a dense one stays as it is (§3.2.2). After zero_grad,
-    never after the last step. L's new factors replace the old in the optimizer's groups: whoever
-    keeps a list of parameters takes it anew.
+    The next stage of every L (Eqs. 10 - 15); a dense one stays as it is (§3.2.2). What is
+    decomposed is W_res + L on the new region, without G. After zero_grad, never after the last
+    step. L's new factors replace the old in the optimizer's groups: whoever keeps a list of
+    parameters takes it anew.
     """
     silent = []
     for name, layer in layers(model).items():
