@@ -21,7 +21,7 @@ most with them. Sizes of a module, s re-initialisations later (letters: see the 
     saved    every lora_ tensor: what trains, the indices, and the fixed factors, F (i + o) numbers,
              F = r_g + r_l (3 · 2^s - 2), in fp32: for LLaMA2-7B's q, k, v, o at rank 8, s = 4, 0.41
              GB at 3:1 (F = 98), 1.17 GB at 1:3 (F = 278); the same on the device
-    host     a copy of the pretrained weights, in their dtype (4.3 GB there), to make W_res from
+    host     a copy of the pretrained weights, in their dtype (bf16: 4.3 GB), to make W_res from
 
     loss.backward()                                     # of every micro-batch of step t of T
     observe(model, t, T)                                # adds to L's scores; clip only after it
