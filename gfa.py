@@ -20,7 +20,7 @@ A module of 3 x 4, Δ = [a a a a; b b b b; c c c c], that starts at entry 7 of M
     row 0 of M   . . . . .
     row 1        . . a a a      start = 7 = 1 k + 2: first = 1, offset = 2 (row, column)
     row 2        a b b b b
-    row 3        c c c c .      last = 4, the row after: rows 1, 2, 3 of B are what Δ needs
+    row 3        c c c c .      last = 4, the row after: Δ needs rows 1, 2, 3 of B, shares 1 and 3
     row 4        . . . . .      dots: other modules' entries; padding at M's very end
 
 The idea: since q ≠ k, the rows of Δ are shifted windows of the vector, each beginning at another
@@ -127,7 +127,7 @@ class Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             torch.mm(B, A, out=dM)                          # Δ in its window
             dx = dy @ window.add_(W) if fused else dy @ W.to(dy.dtype) + dy @ window.to(dy.dtype)
-        flat = dM.flatten()             # a view: 0 where other modules' entries or the padding lie
+        flat = dM.flatten()             # a view; M beside Δ does not enter this product: 0
         flat[:ctx.offset] = flat[ctx.offset + W.numel():] = 0
         dy, x = dy.reshape(-1, len(W)), x.reshape(-1, W.shape[1]).to(dy.dtype)
         # Δ's gradient dyᵀ x (p, q), into dM through the view; that of A and B follows from M = B A.
@@ -179,7 +179,8 @@ class GFALinear(nn.Module):
         """
         In training Product alone. In eval mode under no_grad W + Δ is kept, until train(), eval(),
         or a write to W, B or A that torch counts. It does not count a fused optimizer's: after a
-        forward with gradient, which a step may follow, nothing is kept until eval() is called.
+        forward with gradient, which a step may follow, nothing is kept until eval() is called. Nor
+        is it under autocast, in a compiled graph, or with inference tensors, which count no writes.
         """
         W, bias = self.base.weight, self.base.bias
         sources = W, *self.shared.parameters()

@@ -90,8 +90,8 @@ class GraLoRALinear(nn.Module):
         new = dict(device=W.device, dtype=torch.promote_types(W.dtype, torch.float32))
         self.lora_A = nn.Parameter(torch.empty(rank - hybrid, i, **new))
         self.lora_B = nn.Parameter(torch.zeros(o, rank - hybrid, **new))
-        # Kaiming-uniform with a = √5 is U(-1/√fan-in, 1/√fan-in). B = 0 makes ΔW = 0, and its
-        # gradient is not 0, as A is not.
+        # Kaiming-uniform with a = √5 is U(-1/√fan-in, 1/√fan-in). B = 0 makes ΔW = 0; in the first
+        # step B then has a gradient, as A is not 0, and A has none.
         nn.init.uniform_(self.lora_A, -math.sqrt(k / i), math.sqrt(k / i))      # fan-in i/k
         if hybrid:
             self.lora_A_general = nn.Parameter(torch.empty(hybrid, i, **new))
