@@ -2,11 +2,9 @@
 GFA: Global Factorized Adaptation: Parameter-Efficient Fine-Tuning via Cross-Module Low-Rank
 Sharing (anonymous authors, ICML submission). Official code: none.
 
-LoRA gives each of N modules a pair of factors of its own. GFA strings the updates of all modules
-into one long vector, folds it into one near-square matrix M and factorizes that: about 2 r √d
-parameters; for equal square modules √N times fewer than LoRA's r Σ (p + q) (Eq. 1). The price, one
-module at a time: a slice of M is as large as its weight, and its gradient costs what full
-fine-tuning's would (1.5 of LoRA's step at 2048², 512 tokens, fp32; bf16: 2.9).
+LoRA gives each of N modules a pair of factors of its own. GFA strings the updates Δ of all modules
+into one long vector, folds that into the rows of one matrix M (m, k), and factorizes M. It is
+near-square, as m + k, the size of its factors at rank 1, is then smallest.
 
     W_i' = W_i + s · reshape(vec(B A)[c_{i-1} : c_i], p_i, q_i),    s = 1
 
@@ -17,15 +15,48 @@ Notation (paper -> here):
     A          lora_A   (r, k), N(0, σ²) at first       k = ⌊√d⌋
     M          B A      (m, k), never formed as a whole (Alg. 1)
 
-Evaluation of an unmerged model keeps W + Δ of each layer (bf16: Δ) until train(): the targets twice
-in memory, a token in a twelfth of the time (2048², one core).
+A module of 3 x 4, Δ = [a a a a; b b b b; c c c c], that starts at entry 7 of M with k = 5:
+
+    row 0 of M   . . . . .
+    row 1        . . a a a      start = 7 = 1 k + 2: first = 1, offset = 2 (row, column)
+    row 2        a b b b b
+    row 3        c c c c .      last = 4, the row after: Δ needs rows 1, 2, 3 of B, shares 1 and 3
+    row 4        . . . . .      dots: other modules' entries; padding at M's very end
+
+The idea: since q ≠ k, the rows of Δ are shifted windows of the vector, each beginning at another
+column of M (2, 1, 0 above). In an M of rank 1 all rows are multiples of A, yet windows of them
+differ: Δ can have full rank, min(p, q), as each of 48 modules of 64 x 64 had (§2). The exception:
+if k = c q and q divides start, as for q,v of LLaMA2-7B, where k = 8 q, a row of M is c whole rows
+of Δ, and rank(Δ) <= c r. Neither method's updates contain the other's, as modules of rank 1 can
+make up an M of high rank (§3).
+
+Parameters: r (m + k), about 2 r √d, for the whole model: for N equal square modules √N times fewer
+    than LoRA's r Σ (p + q) (Eq. 1). q,v of Qwen2.5-3B: 26,067 r, LoRA 230,400 r.
+Cost, T tokens: LoRA adds 6 T r (p + q) FLOPs to a module's step, GFA 2 T p q for the gradient of Δ,
+    as full fine-tuning has it, and 8 r p q to form Δ twice and for dB, dA. A step takes 1.5 of
+    LoRA's time (2048², 512 tokens, fp32; bf16: 2.9), 1.37 in a whole SmolLM2-135M (fp32, r = 8).
+    Memory: a buffer as large as one weight, while a layer computes.
+Evaluation: merge(model) before you generate, then GFA costs nothing. Unmerged, eval mode without
+    gradient keeps W + Δ of each layer (bf16: Δ) until train(): the targets twice in memory, and a
+    token in a twelfth of the time that it takes to form them anew (2048², one core).
+Saved: lora_A and lora_B of model.adapter, r (m + k) fp32 numbers, no positions. inject finds these
+    anew, so targets, their shapes and their order must be the same: in another order the tensors
+    would fit all the same, and update other weights.
+Loop: inject; each step backward, optimizer.step, zero_grad; at the end merge. No hook is called
+    between, nothing is re-initialised.
+
 Differs from the paper: a bf16 base gets two products, x Wᵀ + x Δᵀ, since W + Δ would round Δ away.
-Left open by the paper: vec is row-major over (out, in), modules come in named_modules order.
-    σ = 0.02: the first Adam step is then about LoRA's with α = 2r at widths of 2,000 to 3,300.
-    match_lora (ours) states a budget: the largest r with r (m + k) <= match_lora · Σ (p + q), where
-    Σ (p + q) is LoRA at rank 1. 8 is LoRA's budget at rank 8; 0.3 is the paper's "r = 1/2" anchor,
-    "roughly 0.3x" in its words. Local rank is not always high: where k is a multiple c q of a row
-    length (k = 8 q for q,v of LLaMA2-7B), a row of M is c rows of the module, and rank(Δ) <= c r.
+Left open by the paper:
+    vec: row-major over (out, in), because torch stores a weight so, and a slice is then a view.
+    Order of modules: named_modules', because it is a model's own; that of `targets` has no part.
+    σ: 0.02, because the first Adam step, of B alone, then changes W by as much as that of a LoRA
+        with α = 2r at equal r and rate at width 3,300 (there σ = 2 / √(3 in)); at 2,000, by 0.8.
+    Learning rate: 3e-3, ours; optimizer, batch, epochs: train.py's, as none are printed.
+    A budget: match_lora, ours, takes the largest r with r (m + k) <= match_lora · Σ (p + q), that
+        is LoRA's count at r = match_lora. For q,v of Qwen2.5-3B, 8 gives r = 70; 0.3 gives r = 2,
+        the paper's "r = 1/2" anchor, "roughly 0.3x" of LoRA r = 1.
+Errata: d is 169.9M (Qwen2.5-3B) and 352.3M (LLaMA-3.2-3B), printed 226M and 201M. "Adapter FLOPs
+    1.00" (Table 1) of LoRA's cannot hold where Δ is formed.
 """
 import math
 
@@ -54,12 +85,15 @@ def rank_within(budget, d, lora_1):
 
 
 def cut(rows, offset, shape):
-    """The entries of row-major `rows` from `offset` on, as a matrix of `shape`: a view (Step 4)."""
+    """Of whole rows of M, the entries from `offset` on, as a matrix of `shape`: a view (Step 4)."""
     return rows.flatten()[offset:offset + math.prod(shape)].view(shape)
 
 
 def summed(W, B, A, offset, dtype):
-    """(W + Δ,), or (W, Δ in dtype) where a sum as narrow as bf16 would lose Δ."""
+    """
+    What x is multiplied with: (W + Δ,) where W, A and B A are of one dtype (fp32, float64). Else W
+    is bf16, or autocast narrowed B A, and a sum that narrow would lose Δ: (W, Δ in dtype).
+    """
     delta = cut(B @ A, offset, W.shape)                                 # Alg. 1, line 3
     return (delta.add_(W),) if W.dtype == A.dtype == delta.dtype else (W, delta.to(dtype))
 
@@ -72,8 +106,8 @@ def product(x, bias, W, delta=None):
 class Product(torch.autograd.Function):
     """
     x (..., q) -> x (W + Δ)ᵀ + bias (..., p). Δ is cut from B A, the rows of M that this module
-    meets. Backward forms Δ anew: autograd keeps x, W, B (rows, r) and A (r, k), never Δ. W and bias
-    are frozen. Autocast narrows what is computed, not A: then W + Δ would lose Δ, as in bf16.
+    meets; B (rows, r) are those of lora_B. Backward forms Δ anew: autograd keeps x, W, B and
+    A (r, k), never Δ. W and bias are frozen.
     """
 
     @staticmethod
@@ -83,25 +117,28 @@ class Product(torch.autograd.Function):
         return product(x, bias, *summed(W, B, A, offset, x.dtype))
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable        # a second derivative is refused: it would need backward's own graph
     def backward(ctx, dy):
         x, W, B, A = ctx.saved_tensors
-        dx, dM = None, A.new_empty(len(B), A.shape[1])      # one buffer: Δ, then its gradient
+        # One buffer as large as the rows of M: for B A, then for its gradient. `window` is the view
+        # of it where Δ lies. dy has A's dtype exactly where `summed` gave W + Δ.
+        dx, dM = None, A.new_empty(len(B), A.shape[1])
         window, fused = cut(dM, ctx.offset, W.shape), dy.dtype == A.dtype
         if ctx.needs_input_grad[0]:
             torch.mm(B, A, out=dM)                          # Δ in its window
             dx = dy @ window.add_(W) if fused else dy @ W.to(dy.dtype) + dy @ window.to(dy.dtype)
-        flat = dM.flatten()                                 # a view: 0 outside this module
+        flat = dM.flatten()             # a view; M beside Δ does not enter this product: 0
         flat[:ctx.offset] = flat[ctx.offset + W.numel():] = 0
         dy, x = dy.reshape(-1, len(W)), x.reshape(-1, W.shape[1]).to(dy.dtype)
-        torch.mm(dy.T, x, out=window) if fused else window.copy_(dy.T @ x)      # (p, q)
-        return dx, None, None, dM @ A.T, B.T @ dM, None
+        # Δ's gradient dyᵀ x (p, q), into dM through the view; that of A and B follows from M = B A.
+        torch.mm(dy.T, x, out=window) if fused else window.copy_(dy.T @ x)
+        return dx, None, None, dM @ A.T, B.T @ dM, None     # of x, W, bias, B (rows, r), A, offset
 
 
 class GlobalFactors(nn.Identity):
     """
-    The one pair that all modules share. The padding at M's end is in no module's slice. An
-    Identity: an nn.Sequential that was injected calls all of its children.
+    The one pair that all modules share. M has up to k - 1 entries more than the vector, at its end:
+    no module's slice holds them. An Identity, as an nn.Sequential that was injected calls it, too.
     """
 
     def __init__(self, d, rank, sigma, **new):
@@ -109,6 +146,7 @@ class GlobalFactors(nn.Identity):
         m, k = fold(d)
         if not 1 <= rank <= k:
             raise ValueError(f"rank {rank} for a global matrix of {m} x {k}, expected 1 to {k}")
+        # B = 0: every Δ starts at 0. A then has no gradient in the first step, but B has.
         self.lora_B = nn.Parameter(torch.zeros(m, rank, **new))         # Step 3
         self.lora_A = nn.Parameter(torch.empty(rank, k, **new).normal_(0, sigma))
 
@@ -118,16 +156,17 @@ class GFALinear(nn.Module):
 
     def __init__(self, base, shared, start):
         super().__init__()
-        self.base, self.kept = base, None
+        self.base, self.kept = base, None   # None: nothing yet; False: not to be, until eval()
         object.__setattr__(self, "shared", shared)          # unregistered: model.adapter owns it
         k = shared.lora_A.shape[1]
         self.first, self.offset = divmod(start, k)          # row and column of M where Δ begins
-        self.last = -(-(start + base.weight.numel()) // k)  # after Δ's last: a module may share it
-        # As sizes, which are symbols to torch.compile: a module's integers are constants to it, and
-        # every layer would be compiled anew.
+        self.last = -(-(start + base.weight.numel()) // k)  # the row after Δ's last row, exclusive
+        # The three again as a tensor's sizes, which are symbols to torch.compile: a module's
+        # integers are constants to it, and every layer would be compiled anew.
         self.place = torch.empty(()).expand(self.first, self.last, self.offset)
 
     def rows(self):
+        """B of M's rows first .. last - 1, A, and the column in row first where Δ begins."""
         first, last, offset = self.place.shape
         return self.shared.lora_B[first:last], self.shared.lora_A, offset
 
@@ -138,9 +177,10 @@ class GFALinear(nn.Module):
 
     def forward(self, x):
         """
-        In eval mode under no_grad W + Δ is kept, until train(), eval(), or a write to W, B or A
-        that torch counts. It does not count a fused optimizer's: after a forward with gradient,
-        which a step may follow, nothing is kept until eval() is called.
+        In training Product alone. In eval mode under no_grad W + Δ is kept, until train(), eval(),
+        or a write to W, B or A that torch counts. It does not count a fused optimizer's: after a
+        forward with gradient, which a step may follow, nothing is kept until eval() is called. Nor
+        is it under autocast, in a compiled graph, or with inference tensors, which count no writes.
         """
         W, bias = self.base.weight, self.base.bias
         sources = W, *self.shared.parameters()
@@ -150,7 +190,8 @@ class GFALinear(nn.Module):
             self.kept = False
             return Product.apply(x, W, bias, *self.rows())
         now = [(t.data_ptr(), t._version) for t in sources]
-        if self.kept is None or self.kept[0] != now:        # aliases, so that no address is reused
+        # Kept with aliases of its sources: no other tensor can come to lie at their addresses.
+        if self.kept is None or self.kept[0] != now:
             self.kept = now, [t.detach() for t in sources], summed(W, *self.rows(), x.dtype)
         return product(x, bias, *self.kept[2])
 
@@ -183,9 +224,10 @@ def find(model, targets):
 
 def inject(model, targets, rank, alpha=None, dropout=0.0, *, sigma=0.02, match_lora=0.0):
     """
-    Freeze the model, wrap its targets in place, register their factors as model.adapter: a rank
-    that match_lora chose is len(model.adapter.lora_A). ValueError for an alpha or a dropout, a rank
-    outside 1..k, a budget below rank 1 or not finite, a bad target or sigma.
+    Freeze the model, wrap its targets in place, register their factors as model.adapter, on the
+    first target's device: a rank that match_lora chose is len(model.adapter.lora_A). ValueError,
+    before anything is changed, for an alpha or a dropout, a rank outside 1..k, a budget below
+    rank 1 or not finite, a bad target or sigma.
     """
     if alpha is not None or dropout:
         raise ValueError("GFA has no alpha (s = 1, Step 4) and no dropout (x meets W + Δ at once)")

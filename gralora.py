@@ -2,28 +2,55 @@
 GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning (Jung et al., NeurIPS
 2025), arXiv 2505.20355. Official code: https://github.com/SqueezeBits/GraLoRA
 
-The update is cut into a k x k grid of blocks, and every block gets a low-rank pair of its own. That
-is LoRA's parameters and FLOPs (§3.4), but its rank is up to k (r - h) + h (§3.2), and an outlier
-among the input channels reaches only the gradients of the k blocks that see it (§3.3). A part h of
-the rank may stay plain LoRA (§3.5).
+LoRA's gradient of B, in the paper's letters ∂L/∂Y Xᵀ A (Eq. 3), sums over all input channels: one
+outlier, a channel of far larger activations, reaches every entry of it; in full fine-tuning it
+reaches one column of W's gradient. GraLoRA cuts the update into a k x k grid of blocks, each with
+a low-rank pair of its own: a channel reaches the k pairs of its input block, and the gradients of
+the other k² - k stay as they were (§3.3). A part h of the rank may stay plain LoRA, one pair for
+the whole weight (§3.5).
 
     W' = W + (α / r) ([B_jn A_jn] over output blocks j and input blocks n = 1..k  +  B_g A_g)
 
 Notation (paper -> here):
     M, N      o, i      output and input features
-    r         rank      of both parts together; the blocks have R = r - h, one has p = R / k
+    r         rank      of both parts together, also in α / r; the blocks have R = r - h of it
+    r/k       p         R / k, the rank of one block
     k         k         blocks per side; k = 1 is LoRA
     A_jn      lora_A[j-th p rows, n-th i/k columns]     of lora_A (R, i)   (Eq. 5, transposed)
     B_jn      lora_B[j-th o/k rows, n-th p columns]     of lora_B (o, R)   (Eq. 5)
-    (§3.5)    lora_A_general (h, i), lora_B_general (o, h), where h is --hybrid
+    (§3.5)    A_g = lora_A_general (h, i), B_g = lora_B_general (o, h), where h is --hybrid
 
-Differs from the paper: §2.1's text calls M the input size; in Eq. 1 and all that follows it is the
-    output size. §3.2 puts A_ij at (i + (j - 1) k, j), which is outside; it belongs at block
-    (j, j + (i - 1) k). B_GraLoRA, printed N x kr, is M x kr.
+One grid three times, here k = 2. The rank axis of lora_A counts (output block, p), that of
+lora_B (input block, p); ΔW stands without its factor α / r:
+
+    lora_A       in 1   in 2      lora_B   in 1, p  in 2, p      ΔW       in 1        in 2
+    out 1, p     A_11   A_12      out 1     B_11     B_12        out 1    B_11 A_11   B_12 A_12
+    out 2, p     A_21   A_22      out 2     B_21     B_22        out 2    B_21 A_21   B_22 A_22
+
+Parameters: r (o + i) a module, LoRA's, whatever k and h. Rank of ΔW: at most k R + h (§3.2), that
+    is k r without a hybrid part, and min(o, i); LoRA's: r.
+Cost: 2 r (o + i) FLOPs a token, LoRA's (§3.4). The latent between A and B has k R + h numbers a
+    token, LoRA's r; backward needs it, gradient checkpointing hides that. A step takes 1.02
+    (attention) to 1.06 (all linears) of LoRA's time (SmolLM2-135M, r = 8, k = 2, two CPU cores).
+Which k: a block has only rank p = R / k for its part of ΔW, and with too little it does worse, at
+    small r most of all. The paper keeps r / k² near 8: k = 2 at r = 16, 32 and 4 at 64, 128
+    (§3.4). `k=0` applies that rule; at r = 8 it gives 1, LoRA. The default is 2 at every rank.
+Which h: up to r / 2 helps where r <= 16, as B_g A_g has rank h all over the weight; at larger r the
+    blocks suffice, and B_g may bring LoRA's entangled gradient back: 0 is better (§3.5, §4.4).
+Saved: the lora_ tensors, r (o + i) fp32 numbers a module; k, h, rank and α are inject's arguments.
+Loop: inject; each step backward, optimizer.step, zero_grad; at the end merge. No hook is called
+    between, nothing is re-initialised.
+
 Differs from the official code: one dropout mask for both parts, not two; `merge` is provided.
-    peft's r is our rank - hybrid, its gralora_A our lora_A.unflatten(1, (k, -1)).permute(1, 2, 0),
-    its gralora_B our lora_B.unflatten(0, (k, -1)).mT.
-Left open by the paper: A's init; Kaiming-uniform per block (fan-in i/k), as in the official code.
+    peft's r is our R and its hybrid_r our h; it divides α by r + hybrid_r, our rank. Its gralora_A
+    is our lora_A.unflatten(1, (k, -1)).permute(1, 2, 0), gralora_B lora_B.unflatten(0, (k, -1)).mT.
+Left open by the paper:
+    A's init: Kaiming-uniform per block (fan-in i/k), because the official code has it.
+    B's init: zero, because the model then starts as the pretrained one, as with LoRA.
+    The rank in r / k² with a hybrid part: the whole, because h is a part of r (§3.5).
+Errata: §2.1's text calls M the input size; in Eq. 1 and all that follows it is the output size.
+    §3.2 puts A_ij at (i + (j - 1) k, j), outside of N x k r; it belongs at (j, j + (i - 1) k).
+    B_GraLoRA, printed N x k r, is M x k r.
 """
 import math
 
@@ -37,29 +64,11 @@ PRESET = "gralora"                      # whose rows of presets.py apply
 
 
 def blocks_for(rank):
-    """§3.4's choice, r / k² ≈ 8: the smallest power of two k with rank / k² <= 8."""
+    """§3.4's choice, r / k² ≈ 8: the smallest power of two k with rank / k² <= 8; 1 at rank 8."""
     k = 1
     while rank > 8 * k * k:
         k *= 2
     return k
-
-
-def contiguous(size, k):
-    """Block of each feature: 0 .. 0, 1 .. 1, up to k - 1, in equal parts."""
-    return torch.arange(k).repeat_interleave(size // k)
-
-
-def expand(A, B, rows, columns, k):
-    """
-    The block-sparse factors of the whole update: (k R, i) and (o, k R), ΔW = their product.
-    rows (i) and columns (o) name the block of each input and each output feature. The inner axis
-    counts (n, j, p): input block, output block, rank; a block pair meets in the one p it owns.
-    """
-    each = torch.arange(k, device=A.device)
-    A = A * (rows == each[:, None])[:, None]                            # (n, R, i), R = (j, p)
-    # (n, j, p, o): laid out along o, for a CPU's products are faster so, the backward's above all.
-    B = B.T.contiguous().unflatten(0, (k, 1, -1)) * (columns == each[:, None])[:, None]
-    return A.flatten(0, 1), B.flatten(0, 2).T
 
 
 def add_update(base, x, update):
@@ -72,7 +81,7 @@ def add_update(base, x, update):
 
 
 class GraLoRALinear(nn.Module):
-    """y = x Wᵀ + bias + (α / r) x̃ ΔWᵀ, x̃ = dropout(x), for x (..., i) -> (..., o)."""
+    """y = x Wᵀ + bias + x̃ ΔWᵀ, ΔW with its α / r, x̃ = dropout(x), for x (..., i) -> (..., o)."""
 
     def __init__(self, base, rank, alpha, dropout, k, hybrid):
         super().__init__()
@@ -81,6 +90,8 @@ class GraLoRALinear(nn.Module):
         new = dict(device=W.device, dtype=torch.promote_types(W.dtype, torch.float32))
         self.lora_A = nn.Parameter(torch.empty(rank - hybrid, i, **new))
         self.lora_B = nn.Parameter(torch.zeros(o, rank - hybrid, **new))
+        # Kaiming-uniform with a = √5 is U(-1/√fan-in, 1/√fan-in). B = 0 makes ΔW = 0; in the first
+        # step B then has a gradient, as A is not 0, and A has none.
         nn.init.uniform_(self.lora_A, -math.sqrt(k / i), math.sqrt(k / i))      # fan-in i/k
         if hybrid:
             self.lora_A_general = nn.Parameter(torch.empty(hybrid, i, **new))
@@ -89,9 +100,12 @@ class GraLoRALinear(nn.Module):
 
     def forward(self, x):
         k, A, x_ = self.k, self.lora_A.to(x.dtype), self.dropout(x)
-        B = self.lora_B.T.to(x.dtype).contiguous()      # (R, o): as in expand, for speed
+        B = self.lora_B.T.to(x.dtype).contiguous()      # (R, o): CPUs are slow along a thin rank
+        # Input block n times its columns of A, for all output blocks at once: r counts (j, p).
         z = torch.einsum("...ni,rni->...nr", x_.unflatten(-1, (k, -1)), A.unflatten(1, (k, -1)))
-        z = z.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)      # (..., n, R) -> (..., j, R)
+        # From (..., n, (j, p)) to (..., j, (n, p)): what output block j reads of every input block.
+        z = z.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)
+        # Now r counts (n, p), as B's rank axis does: the sum over r is also that over input blocks.
         z = torch.einsum("...jr,rjo->...jo", self.scaling * z, B.unflatten(1, (k, -1)))
         update = z.flatten(-2)                                          # (..., o), Eq. 5
         if hasattr(self, "lora_A_general"):
@@ -100,10 +114,13 @@ class GraLoRALinear(nn.Module):
         return add_update(self.base, x, update)
 
     def factors(self):
-        """A (k R + h, i), B (o, k R + h) of the whole update: Fig. 5, with the scaling in B."""
+        """
+        A (k R + h, i), B (o, k R + h) of the whole update: Fig. 5, with the scaling in B. For delta
+        and for export as a LoRA: k times as large as what trains, and never formed in forward.
+        """
         (o, i), k, device = self.base.weight.shape, self.k, self.lora_A.device
-        rows, columns = contiguous(i, k).to(device), contiguous(o, k).to(device)
-        A, B = expand(self.lora_A, self.lora_B, rows, columns, k)
+        in_block, out_block = contiguous(i, k).to(device), contiguous(o, k).to(device)
+        A, B = expand(self.lora_A, self.lora_B, in_block, out_block, k)
         if hasattr(self, "lora_A_general"):
             A, B = torch.cat((A, self.lora_A_general)), torch.cat((B, self.lora_B_general), 1)
         return A, self.scaling * B
@@ -111,6 +128,27 @@ class GraLoRALinear(nn.Module):
     def delta(self):
         A, B = self.factors()
         return B @ A                                                    # (o, i)
+
+
+def contiguous(size, k):
+    """Block of each feature: 0 .. 0, 1 .. 1, up to k - 1, in equal parts."""
+    return torch.arange(k).repeat_interleave(size // k)
+
+
+# As in cps_lora.py, for whose W (in, out) `rows` are input features, and whose blocks are any
+# clusters. Of the k R inner places p belong to block (j, n): A there is 0 outside of input block n,
+# B outside of output block j, so that their product is B_jn A_jn in that block and 0 elsewhere.
+def expand(A, B, rows, columns, k):
+    """
+    The block-sparse factors of the whole update: (k R, i) and (o, k R), ΔW = their product.
+    rows (i) and columns (o) name the block of each input and each output feature. The inner axis
+    counts (n, j, p): input block, output block, rank; a block pair meets in the one p it owns.
+    """
+    each = torch.arange(k, device=A.device)
+    A = A * (rows == each[:, None])[:, None]                            # (n, R, i), R = (j, p)
+    # (n, j, p, o): laid out along o, for a CPU's products are faster so, the backward's above all.
+    B = B.T.contiguous().unflatten(0, (k, 1, -1)) * (columns == each[:, None])[:, None]
+    return A.flatten(0, 1), B.flatten(0, 2).T
 
 
 def find(model, targets):
@@ -137,9 +175,10 @@ def find(model, targets):
 
 def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=2, hybrid=0):
     """
-    Freeze the model, wrap its targets in place. ValueError for a bad target or dropout, a rank
-    outside 1..min(in, out), a hybrid part that is all of it, or a k that does not divide R, in and
-    out.
+    Freeze the model, wrap its targets in place. alpha None: 2 rank; k 0: by the rank (§3.4).
+    ValueError, before anything is changed, for a bad target or dropout, a rank outside
+    1..min(in, out), a hybrid part that is all of it (k = 1 is plain LoRA), or a k that does not
+    divide R, in and out.
     """
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout}, expected 0 <= dropout < 1")
