@@ -157,7 +157,7 @@ def browse(page, width, dark, tmp_path):
 
 
 @pytest.mark.skipif(not BROWSER, reason="there is no Chromium here")
-@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("width", [320, 400, 1400])
 @pytest.mark.parametrize("dark", [False, True])
 def test_in_a_browser_nothing_is_cut_off_and_the_console_is_silent(width, dark, tmp_path):
     seen, console = browse(PAGE, width, dark, tmp_path)
