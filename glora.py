@@ -9,19 +9,9 @@ quarter of its region, at twice the rank: sides halved, rank doubled, so the cou
 
     y = x W_res + x G_A G_B + (x[:, R] L_A L_B, placed at the columns C)                   (Eq. 2)
 
-Both start on singular triplets of the weight, which then leave W_res, so that no start changes the
-function (but for rounding). G starts on the last triplets, of least energy: it moves everything and
-shall not disturb what W mostly does. L starts on the first: its few features move along what W does
-most with them. Sizes of a module, s re-initialisations later (letters: see the table below):
-    trains   r_g (i + o) + r (m + n) <= rank (i + o), LoRA's; equal where 2^s divides i and o, until
-             a pair would cost as much as its region: then r_g (i + o) + m n
-    rank     G + L: at most r_g + r (Prop. 1: at least r - r_g, if all factors are of full rank);
-             all that changed in W, factors(): at most 2 r_g + 2 r_l (2^(s+1) - 1), which is 136 for
-             rank 8, 3:1, s = 4, and 376 at 1:3
-    saved    every lora_ tensor: what trains, the indices, and the fixed factors, F (i + o) numbers,
-             F = r_g + r_l (3 · 2^s - 2), in fp32: for LLaMA2-7B's q, k, v, o at rank 8, s = 4, 0.41
-             GB at 3:1 (F = 98), 1.17 GB at 1:3 (F = 278); the same on the device
-    host     a copy of the pretrained weights, in their dtype (bf16: 4.3 GB), to make W_res from
+Both start on singular triplets of the weight, which then leave W_res, so no start changes the
+function (but for rounding). G starts on the last, of least energy: it moves everything and shall
+not disturb what W mostly does. L starts on the first: its features move along what W does most.
 
     loss.backward()                                     # of every micro-batch of step t of T
     observe(model, t, T)                                # adds to L's scores; clip only after it
@@ -45,28 +35,38 @@ Notation (paper, y = x W  ->  here, y = x Wᵀ: the paper's rows are input featu
     W_res          base.weight = pretrained + lora_fixed_B lora_fixed_A, rounded once. The fixed
                    factors, A (F, i) and B (o, F), list what left and entered W so far: the starts
                    of G and of every L (B negated), and what every merged L had become
+Sizes of a module s re-initialisations later, in our letters:
+    trains   r_g (i + o) + r (m + n) <= rank (i + o), LoRA's; equal where 2^s divides i and o (no
+             count(): it is not told s). Once L's pair would cost as much as its region, L is dense,
+             r_g (i + o) + m n; re-inits leave it, so s, m, n, r and F stay as they then are
+    rank     G + L: at most r_g + r; at full ranks at least |r - r_g|: they may cancel (Prop. 1).
+             The update since the pretrained weight (what factors() returns; a dense L is m wide in
+             it): at most 2 r_g + 2 r_l (2^(s+1) - 1); at rank 8, s = 4: 136 for 3:1, 376 for 1:3
+    saved    every lora_ tensor: what trains, the indices, and the fixed factors, F (i + o) numbers,
+             F = r_g + r_l (3 · 2^s - 2), less r if L is dense, in fp32: for LLaMA2-7B's q, k, v, o
+             at rank 8, s = 4, 0.41 GB at 3:1 (F = 98), 1.17 GB at 1:3 (F = 278); on the device, too
+    host     a copy of the pretrained weights, in their dtype (bf16: 4.3 GB), to make W_res from
 
-Differs from the paper: Eq. 2 sums the L of all stages, Eq. 11 merges each into W_res: together they
-        count it twice. Here one L is live, the earlier ones are in W_res. (The sum would be right
-        if W_res were the pretrained weight minus the starts of G and of every L.)
+Differs from the paper: Eq. 2 sums every stage's L, Eq. 11 merges each into W_res: counted twice.
+        Here one L is live, the rest in W_res. (The sum, unused, needs pretrained minus all starts.)
     Eq. 5 subtracts G alone: at stage 0 L's start leaves W, too (§3.2).
-    App. J.2 decomposes L alone, whose rank is half of what Eq. 14 takes: we take W_res + L.
+    App. J.2 decomposes L alone: of rank r, but the new L needs 2r triplets: we take W_res + L.
 Left open by the paper (gap: our choice, because):
     direction of Eq. 10: descending, as the first half is what Eq. 13 cuts out.
     gradient of Eq. 9: of whole steps, or the region would depend on the micro-batch's size.
     Eq. 9 over a stage: the mean over its steps, as one batch is noise; or the last step's.
     Table 4's `grad`, `fisher`: |g|, g² in Eq. 9's place, as these names mean elsewhere.
     no gradient in a stage: the factors' magnitudes, and a warning, as some order is needed.
-    Table 6 at stage 0: L's first or last among the triplets that G left; W minus G itself ends in
-        r_g triplets of σ = 0, whose factors, hence gradients, are 0: they would never train.
-    "full fine-tuning" of a region: one block (n, m), 0 at first, kept: it is to shrink no further.
+    Table 6 (G, L on the first or last triplets): at stage 0, L has its end of those that G left. W
+        minus G ends in r_g triplets of σ = 0: factors of 0, whose gradients are 0, never train.
+    "full fine-tuning" of a region: one block (n, m), 0 at first; later re-inits leave it.
     randomized SVD: a sketch of oversample · r columns (its 4x, 8x), two power iterations; exact at
-        stage 0, as Table 16's times are, and for last triplets, which no sketch finds.
+        stage 0 (Table 16: 6 min with either SVD) and for last triplets, which no sketch finds.
     optimizer state: L's is dropped, as its shapes change; G's and a dense L's go on.
     scale: none, as none is printed.
     place of dropout: on x, one mask for both; 0 unless set, as is weight decay: the adapters hold a
         part of W, so with dropout the start is another function, and decay would shrink W itself.
-Slips in print (Eqs. 11 - 15 hold): Alg. 1 neither subtracts L nor doubles r_l; its lines 2, 15.
+Slips in Alg. 1 (Eqs. 11 - 15 hold): L stays in W_res, r_l undoubled; lines 2, 15 cut Vᵀ by columns.
 """
 import warnings
 
