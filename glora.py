@@ -74,8 +74,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Of every entry of L, here either of L's factors, and g, its gradient. |θ g| is to first order what
-# the loss would change by if the entry θ were 0 (Eqs. 6 - 8). The factors are scored, not W, as a
+# Score of each entry θ of a factor of L (named L here) from θ and its gradient g. |θ g| is to first
+# order what the loss would change by if θ were 0 (Eqs. 6 - 8). The factors are scored, not W, as a
 # gradient of W's size would take full fine-tuning's memory.
 IMPORTANCE = {"taylor": lambda L, g: (L * g).abs(),                     # Eq. 9
               "grad": lambda L, g: g.abs(),                             # Table 4
@@ -98,7 +98,7 @@ def exact_svd(M, take):
     is the largest. V are eigenvectors of Mᵀ M (a wide M is transposed first), U = M V / S, formed
     for these k alone. In float64, as Mᵀ M has M's condition squared: the vectors at a σ are off by
     about 2e-16 (σ₁ / σ)², where σ₁ is the largest. It takes 0.6 of the time of torch's SVD in
-    float64, as long as that in float32 (4096², one core).
+    float64, and as long as torch's SVD in float32 (4096², one core).
     """
     if len(M) < M.shape[1]:
         return exact_svd(M.T, take)[::-1]
@@ -173,10 +173,10 @@ class GLoRALinear(nn.Module):
         A, B = W.new_empty(r_g + r_l, i), W.new_empty(o, r_g + r_l)
         if not W.is_meta:                               # there only shapes are wanted
             for_G, others = take_end(torch.arange(min(o, i)), r_g, own["global_init"])
-            for_L, _ = take_end(others, r_l, own["local_init"])
-            A, B = balanced(*exact_svd(W, torch.cat((for_G, for_L))))   # Eqs. 4, 5, Alg. 1 line 15
+            for_L, _ = take_end(others, r_l, own["local_init"])     # Alg. 1 line 15, as Vᵀ[:r_l]
+            A, B = balanced(*exact_svd(W, torch.cat((for_G, for_L))))                   # Eqs. 4, 5
         (G_A, L_A), (G_B, L_B) = A.split((r_g, r_l)), B.split((r_g, r_l), 1)
-        # Clones: parameters share no storage.
+        # Clones: parameters share no storage. If L is dense from the start, L_A and L_B stay in W.
         self.lora_global_A, self.lora_global_B = (nn.Parameter(f.clone()) for f in (G_A, G_B))
         self.lora_fixed_A, self.lora_fixed_B = nn.Buffer(G_A.clone()), nn.Buffer(-G_B)      # Eq. 5
         pair = (None, torch.zeros_like(W)) if is_dense(r_l, o, i) else (L_A.clone(), L_B.clone())
@@ -188,7 +188,8 @@ class GLoRALinear(nn.Module):
         """L on rows (m) and columns (n) is now A (r, m), B (n, r); or, dense, no A and B (n, m)."""
         self.lora_rows, self.lora_columns = nn.Buffer(rows), nn.Buffer(columns)
         self.lora_local_A = None if A is None else nn.Parameter(A)
-        self.lora_local_B, self.scores = nn.Parameter(B), None      # scores: observe's, of A and B
+        # scores, of A and B: None before observe(), [] while that has met no gradient.
+        self.lora_local_B, self.scores = nn.Parameter(B), None
 
     def local(self):
         """A (r, i), B (o, r) of L, zero outside of its region; of a dense L, A is the identity."""
@@ -209,11 +210,10 @@ class GLoRALinear(nn.Module):
 
     def forward(self, x):
         dense = self.lora_local_A is None
+        # Eq. 2, zeros: live() pads L to the whole weight, for one pair of products with G. Forward
+        # and backward take 1.01 (stage 0) to 1.04 (4) of a LoRA layer's time (2048², rank 8, 512
+        # tokens, 2 cores). To gather x[:, R] and add at C costs more in early stages, most in 0.
         A, B = (self.lora_global_A, self.lora_global_B) if dense else self.live()
-        # Eq. 2, zeros outside of the region, in one pair of products with G: forward and backward
-        # take 1.01, 1.01, 1.02, 1.03, 1.04 of a LoRA layer's time in stages 0 - 4 (2048², rank 8,
-        # 512 tokens, 2 cores). To gather x[:, R] and add at C costs more in the early stages, most
-        # in stage 0, where the region is the whole weight.
         x_ = self.dropout(x)
         # Bᵀ is copied row by row: a CPU is slow where a thin factor lies along its rank.
         update = F.linear(x_, A.to(x.dtype)) @ B.T.to(x.dtype).contiguous()
@@ -325,8 +325,8 @@ def layers(model):
 @torch.no_grad()
 def observe(model, t, T):
     """
-    Score L's factors by the gradients that stand (Eq. 9): once an optimizer step t of T, with those
-    of the whole accumulated batch, as the sum of the micro-batches' |θ g| is not the batch's |θ g|;
+    Score L's factors by the gradients that stand (Eq. 9): once an optimizer step t of T (unused
+    here), with those of the whole accumulated batch, as its |θ g| is no sum of the micro-batches';
     before clipping, which would weigh the steps. A sum over the stage orders features as its mean.
     """
     for layer in layers(model).values():
@@ -358,7 +358,7 @@ def reinit(model, optimizer):
             scores = A.abs(), B.abs()
         rows = layer.lora_rows[most_important(scores[0], 0)]                    # Eq. 10
         columns = layer.lora_columns[most_important(scores[1], 1)]
-        W = layer.move(+1)      # (o, i); with L in it twice till start()       # Eq. 11
+        W = layer.move(+1)      # (o, i); it now holds L, still live till start()       # Eq. 11
         M, r = W[columns][:, rows], 2 * len(A)                                  # Eq. 12, (n, m)
         pair = ((None, torch.zeros_like(M)) if is_dense(r, *M.shape) else
                 balanced(*region_svd(M, r, **layer.own)))                       # Eqs. 13, 14
