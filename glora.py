@@ -9,19 +9,9 @@ quarter of its region, at twice the rank: sides halved, rank doubled, so the cou
 
     y = x W_res + x G_A G_B + (x[:, R] L_A L_B, placed at the columns C)                   (Eq. 2)
 
-Both start on singular triplets of the weight, which then leave W_res, so that no start changes the
-function (but for rounding). G starts on the last triplets, of least energy: it moves everything and
-shall not disturb what W mostly does. L starts on the first: its few features move along what W does
-most with them. Sizes of a module, s re-initialisations later (letters: see the table below):
-    trains   r_g (i + o) + r (m + n) <= rank (i + o), LoRA's; equal where 2^s divides i and o, until
-             a pair would cost as much as its region: then r_g (i + o) + m n
-    rank     G + L: at most r_g + r (Prop. 1: at least r - r_g, if all factors are of full rank);
-             all that changed in W, factors(): at most 2 r_g + 2 r_l (2^(s+1) - 1), which is 136 for
-             rank 8, 3:1, s = 4, and 376 at 1:3
-    saved    every lora_ tensor: what trains, the indices, and the fixed factors, F (i + o) numbers,
-             F = r_g + r_l (3 · 2^s - 2), in fp32: for LLaMA2-7B's q, k, v, o at rank 8, s = 4, 0.41
-             GB at 3:1 (F = 98), 1.17 GB at 1:3 (F = 278); the same on the device
-    host     a copy of the pretrained weights, in their dtype (bf16: 4.3 GB), to make W_res from
+Both start on singular triplets of the weight, which then leave W_res, so no start changes the
+function (but for rounding). G starts on the last, of least energy: it moves everything and shall
+not disturb what W mostly does. L starts on the first: its features move along what W does most.
 
     loss.backward()                                     # of every micro-batch of step t of T
     observe(model, t, T)                                # adds to L's scores; clip only after it
@@ -45,28 +35,38 @@ Notation (paper, y = x W  ->  here, y = x Wᵀ: the paper's rows are input featu
     W_res          base.weight = pretrained + lora_fixed_B lora_fixed_A, rounded once. The fixed
                    factors, A (F, i) and B (o, F), list what left and entered W so far: the starts
                    of G and of every L (B negated), and what every merged L had become
+Sizes of a module s re-initialisations later, in our letters:
+    trains   r_g (i + o) + r (m + n) <= rank (i + o), LoRA's; equal where 2^s divides i and o (no
+             count(): it is not told s). Once L's pair would cost as much as its region, L is dense,
+             r_g (i + o) + m n; re-inits leave it, so s, m, n, r and F stay as they then are
+    rank     G + L: at most r_g + r; at full ranks at least |r - r_g|: they may cancel (Prop. 1).
+             The update since the pretrained weight (what factors() returns; a dense L is m wide in
+             it): at most 2 r_g + 2 r_l (2^(s+1) - 1); at rank 8, s = 4: 136 for 3:1, 376 for 1:3
+    saved    every lora_ tensor: what trains, the indices, and the fixed factors, F (i + o) numbers,
+             F = r_g + r_l (3 · 2^s - 2), less r if L is dense, in fp32: for LLaMA2-7B's q, k, v, o
+             at rank 8, s = 4, 0.41 GB at 3:1 (F = 98), 1.17 GB at 1:3 (F = 278); on the device, too
+    host     a copy of the pretrained weights, in their dtype (bf16: 4.3 GB), to make W_res from
 
-Differs from the paper: Eq. 2 sums the L of all stages, Eq. 11 merges each into W_res: together they
-        count it twice. Here one L is live, the earlier ones are in W_res. (The sum would be right
-        if W_res were the pretrained weight minus the starts of G and of every L.)
+Differs from the paper: Eq. 2 sums every stage's L, Eq. 11 merges each into W_res: counted twice.
+        Here one L is live, the rest in W_res. (The sum, unused, needs pretrained minus all starts.)
     Eq. 5 subtracts G alone: at stage 0 L's start leaves W, too (§3.2).
-    App. J.2 decomposes L alone, whose rank is half of what Eq. 14 takes: we take W_res + L.
+    App. J.2 decomposes L alone: of rank r, but the new L needs 2r triplets: we take W_res + L.
 Left open by the paper (gap: our choice, because):
     direction of Eq. 10: descending, as the first half is what Eq. 13 cuts out.
     gradient of Eq. 9: of whole steps, or the region would depend on the micro-batch's size.
     Eq. 9 over a stage: the mean over its steps, as one batch is noise; or the last step's.
     Table 4's `grad`, `fisher`: |g|, g² in Eq. 9's place, as these names mean elsewhere.
     no gradient in a stage: the factors' magnitudes, and a warning, as some order is needed.
-    Table 6 at stage 0: L's first or last among the triplets that G left; W minus G itself ends in
-        r_g triplets of σ = 0, whose factors, hence gradients, are 0: they would never train.
-    "full fine-tuning" of a region: one block (n, m), 0 at first, kept: it is to shrink no further.
+    Table 6 (G, L on the first or last triplets): at stage 0, L has its end of those that G left. W
+        minus G ends in r_g triplets of σ = 0: factors of 0, whose gradients are 0, never train.
+    "full fine-tuning" of a region: one block (n, m), 0 at first; later re-inits leave it.
     randomized SVD: a sketch of oversample · r columns (its 4x, 8x), two power iterations; exact at
-        stage 0, as Table 16's times are, and for last triplets, which no sketch finds.
+        stage 0 (Table 16: 6 min with either SVD) and for last triplets, which no sketch finds.
     optimizer state: L's is dropped, as its shapes change; G's and a dense L's go on.
     scale: none, as none is printed.
     place of dropout: on x, one mask for both; 0 unless set, as is weight decay: the adapters hold a
         part of W, so with dropout the start is another function, and decay would shrink W itself.
-Slips in print (Eqs. 11 - 15 hold): Alg. 1 neither subtracts L nor doubles r_l; its lines 2, 15.
+Slips in Alg. 1 (Eqs. 11 - 15 hold): L stays in W_res, r_l undoubled; lines 2, 15 cut Vᵀ by columns.
 """
 import warnings
 
@@ -74,8 +74,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Of every entry of L, here either of L's factors, and g, its gradient. |θ g| is to first order what
-# the loss would change by if the entry θ were 0 (Eqs. 6 - 8). The factors are scored, not W, as a
+# Score of each entry θ of a factor of L (named L here) from θ and its gradient g. |θ g| is to first
+# order what the loss would change by if θ were 0 (Eqs. 6 - 8). The factors are scored, not W, as a
 # gradient of W's size would take full fine-tuning's memory.
 IMPORTANCE = {"taylor": lambda L, g: (L * g).abs(),                     # Eq. 9
               "grad": lambda L, g: g.abs(),                             # Table 4
@@ -98,7 +98,7 @@ def exact_svd(M, take):
     is the largest. V are eigenvectors of Mᵀ M (a wide M is transposed first), U = M V / S, formed
     for these k alone. In float64, as Mᵀ M has M's condition squared: the vectors at a σ are off by
     about 2e-16 (σ₁ / σ)², where σ₁ is the largest. It takes 0.6 of the time of torch's SVD in
-    float64, as long as that in float32 (4096², one core).
+    float64, and as long as torch's SVD in float32 (4096², one core).
     """
     if len(M) < M.shape[1]:
         return exact_svd(M.T, take)[::-1]
@@ -173,10 +173,10 @@ class GLoRALinear(nn.Module):
         A, B = W.new_empty(r_g + r_l, i), W.new_empty(o, r_g + r_l)
         if not W.is_meta:                               # there only shapes are wanted
             for_G, others = take_end(torch.arange(min(o, i)), r_g, own["global_init"])
-            for_L, _ = take_end(others, r_l, own["local_init"])
-            A, B = balanced(*exact_svd(W, torch.cat((for_G, for_L))))   # Eqs. 4, 5, Alg. 1 line 15
+            for_L, _ = take_end(others, r_l, own["local_init"])     # Alg. 1 line 15, as Vᵀ[:r_l]
+            A, B = balanced(*exact_svd(W, torch.cat((for_G, for_L))))                   # Eqs. 4, 5
         (G_A, L_A), (G_B, L_B) = A.split((r_g, r_l)), B.split((r_g, r_l), 1)
-        # Clones: parameters share no storage.
+        # Clones: parameters share no storage. If L is dense from the start, L_A and L_B stay in W.
         self.lora_global_A, self.lora_global_B = (nn.Parameter(f.clone()) for f in (G_A, G_B))
         self.lora_fixed_A, self.lora_fixed_B = nn.Buffer(G_A.clone()), nn.Buffer(-G_B)      # Eq. 5
         pair = (None, torch.zeros_like(W)) if is_dense(r_l, o, i) else (L_A.clone(), L_B.clone())
@@ -188,7 +188,8 @@ class GLoRALinear(nn.Module):
         """L on rows (m) and columns (n) is now A (r, m), B (n, r); or, dense, no A and B (n, m)."""
         self.lora_rows, self.lora_columns = nn.Buffer(rows), nn.Buffer(columns)
         self.lora_local_A = None if A is None else nn.Parameter(A)
-        self.lora_local_B, self.scores = nn.Parameter(B), None      # scores: observe's, of A and B
+        # scores, of A and B: None before observe(), [] while that has met no gradient.
+        self.lora_local_B, self.scores = nn.Parameter(B), None
 
     def local(self):
         """A (r, i), B (o, r) of L, zero outside of its region; of a dense L, A is the identity."""
@@ -209,11 +210,10 @@ class GLoRALinear(nn.Module):
 
     def forward(self, x):
         dense = self.lora_local_A is None
+        # Eq. 2, zeros: live() pads L to the whole weight, for one pair of products with G. Forward
+        # and backward take 1.01 (stage 0) to 1.04 (4) of a LoRA layer's time (2048², rank 8, 512
+        # tokens, 2 cores). To gather x[:, R] and add at C costs more in early stages, most in 0.
         A, B = (self.lora_global_A, self.lora_global_B) if dense else self.live()
-        # Eq. 2, zeros outside of the region, in one pair of products with G: forward and backward
-        # take 1.01, 1.01, 1.02, 1.03, 1.04 of a LoRA layer's time in stages 0 - 4 (2048², rank 8,
-        # 512 tokens, 2 cores). To gather x[:, R] and add at C costs more in the early stages, most
-        # in stage 0, where the region is the whole weight.
         x_ = self.dropout(x)
         # Bᵀ is copied row by row: a CPU is slow where a thin factor lies along its rank.
         update = F.linear(x_, A.to(x.dtype)) @ B.T.to(x.dtype).contiguous()
@@ -325,8 +325,8 @@ def layers(model):
 @torch.no_grad()
 def observe(model, t, T):
     """
-    Score L's factors by the gradients that stand (Eq. 9): once an optimizer step t of T, with those
-    of the whole accumulated batch, as the sum of the micro-batches' |θ g| is not the batch's |θ g|;
+    Score L's factors by the gradients that stand (Eq. 9): once an optimizer step t of T (unused
+    here), with those of the whole accumulated batch, as its |θ g| is no sum of the micro-batches';
     before clipping, which would weigh the steps. A sum over the stage orders features as its mean.
     """
     for layer in layers(model).values():
@@ -358,7 +358,7 @@ def reinit(model, optimizer):
             scores = A.abs(), B.abs()
         rows = layer.lora_rows[most_important(scores[0], 0)]                    # Eq. 10
         columns = layer.lora_columns[most_important(scores[1], 1)]
-        W = layer.move(+1)      # (o, i); with L in it twice till start()       # Eq. 11
+        W = layer.move(+1)      # (o, i); it now holds L, still live till start()       # Eq. 11
         M, r = W[columns][:, rows], 2 * len(A)                                  # Eq. 12, (n, m)
         pair = ((None, torch.zeros_like(M)) if is_dense(r, *M.shape) else
                 balanced(*region_svd(M, r, **layer.own)))                       # Eqs. 13, 14
