@@ -5,9 +5,10 @@ CPS-LoRA: Localized Low-Rank Adaptation within Clustered Parameter Subspaces (Xi
 Like GraLoRA a k x k grid of local low-rank pairs with LoRA's parameter count, but the blocks are
 clusters of rows and of columns, and they move. Training runs in stages: after each, the update is
 merged, its rows and its columns are clustered by likeness, and new pairs start on the new blocks:
-rows that are alike are well fitted at low rank, and where blocks span different directions their
-ranks add up, to k r (Prop. 2). The first blocks are random: ΔW is 0 then, there is nothing to sort.
-A stage needs time: its B starts at 0 and its Adam moments empty, at whatever rate the schedule has.
+rows that are alike are well fitted at low rank, and the ranks p of orthogonal blocks, which have
+A_lᵀ A_m = B_l B_mᵀ = 0 for all l ≠ m, add up to k r (Prop. 2). The first blocks are random: ΔW is 0
+then, there is nothing to sort. A stage needs time: its B starts at 0 and its Adam moments empty,
+and the learning rate, which goes on as scheduled, is not warmed up again.
 
     W_t = W_{t-1} + ΔW_{t-1},  ΔW[I_n, J_j] = A_l B_l,  n, j = 1..k,  l = n + k (j - 1)   (Eq. 10)
 
@@ -15,9 +16,9 @@ Notation (paper, y = x W  ->  here, y = x Wᵀ: the paper's rows are input featu
     m, n      i, o          input and output features
     r         rank (r)      LoRA's at this parameter count
     r'        p             rank of one block, r / k
-    I_n, J_j  lora_rows (i), lora_columns (o): the cluster of each input, output feature, from 0 on
-    A_l       lora_A[j-th p rows, I_n]ᵀ, a part of lora_A (r, i)
-    B_l       lora_B[J_j, n-th p columns]ᵀ, a part of lora_B (o, r)
+    I_n, J_j  cluster n - 1 in lora_rows (i), j - 1 in lora_columns (o): one entry for each feature
+    A_l       lora_A[rows (j - 1) p .. j p - 1, I_n]ᵀ, a part of lora_A (r, i)
+    B_l       lora_B[J_j, columns (n - 1) p .. n p - 1]ᵀ, a part of lora_B (o, r)
     π_r, π_c  orders of the features that put cluster after cluster; only the clusters matter here
 
 For k = 2, with the features in clustered order, so that I_1, I_2 and J_1, J_2 can be drawn:
@@ -26,13 +27,13 @@ For k = 2, with the features in clustered order, so that I_1, I_2 and J_1, J_2 c
                p  | A_3ᵀ  A_4ᵀ             J_2  | B_3ᵀ  B_4ᵀ         J_2  | B_3ᵀ A_3ᵀ  B_4ᵀ A_4ᵀ
 
 So A's rank axis is (output cluster j, p), B's is (input cluster n, p): LoRA's shapes, however large
-each cluster is (App. D). A block of ΔW is the product of the two in its place, which lora_B lora_A
-would mix: expand() gives each of the k² pairs an inner axis of its own, in all k² p = k r wide, and
-zeros elsewhere, so that two plain products do. The paper permutes, W excepted (App. K.2):
-y = x W + (x[:, π_r] A B)[:, π_c⁻¹], A B block by block: the same function. Ours takes 2 k r (i + o)
-FLOPs a token, k times LoRA's; that is little beside the 2 i o of W: 1.6 % at 2048², r = 8, k = 2.
+each cluster is (App. D). lora_B @ lora_A would pair row group j of A with column group j of B, but
+that group is an input cluster. expand() therefore gives each pair (n, j) its own p of the inner
+axis, k² p = k r in all, and zeros elsewhere. The paper permutes, W excepted (App. K.2):
+y = x W + (x[:, π_r] A B)[:, π_c⁻¹], A B block by block: the same function. In stage t ours takes
+2 t k r (i + o) FLOPs a token, t k times LoRA's: t times 1.6 % of W's 2 i o (2048², r = 8, k = 2).
 
-    trains   r (i + o), LoRA's, whatever k
+    trains   r (i + o), LoRA's, whatever k: the paper states no other, so there is no count() here
     rank     at most k r of a stage's ΔW, t k r of the sum of t stages; LoRA's is r
     saved    every lora_ tensor: A, B, the clusters (int64), and k r (i + o) fp32 numbers for each
              stage that ended: 67 MB for LLaMA2-7B's q, k, v, o at r = 8, k = 2
@@ -41,17 +42,18 @@ FLOPs a token, k times LoRA's; that is little beside the 2 i o of W: 1.6 % at 20
     optimizer.step(), optimizer.zero_grad()             # clip before
     if a stage ends here, and not the run: reinit(model, optimizer)     # merge(model) at the end
 
-reinit_every counts epochs ("150s": steps). The paper's 2 epochs, at every epoch, are two stages and
-one re-init; its single epoch (Table 6) is `--epochs 1 --reinit_at 100`, one after 100 steps.
+train.py's --reinit_every counts epochs ("150s": steps), its --reinit_at N is one re-init after N
+steps. The paper's 2 epochs are two stages, one re-init; Table 6 is `--epochs 1 --reinit_at 100`.
 
 Differs from the paper: Alg. 1's line 6, W_t ← (W_{t-1} + ΔW_{t-1})[π_r, :][:, π_c], writes no
         weight, as bf16 would round a small ΔW away. W stands until merge(), and the ended stages'
-        factors run beside the live ones: the same function in every dtype, at 1.03 of a LoRA
-        layer's forward and backward in the 2nd stage, 1.15 in the 10th (2048²; at 4096² 1.01 and
-        1.07, by 7 % more FLOPs; r = 8, k = 2, 512 tokens, one core).
+        factors run beside the live ones: the same function in every dtype. Time, forward and
+        backward, of a LoRA layer's: 1.03 in the 2nd stage, 1.15 in the 10th (2048²; at 4096² 1.01
+        and 1.07, by 7 % more FLOPs; r = 8, k = 2, 512 tokens, one core).
     delta() and factors() are of all stages, where Alg. 1 returns the last one's update.
-    App. E, corrected: A, B are App. A's expanded factors; Eq. 2's scaling by D, left out there, is
-        in; the products of rows are A (B r_refᵀ), and diag(A (B Bᵀ) Aᵀ) holds squared norms.
+    App. E, corrected (its A, B are App. A's expanded factors, ΔW = A B; r_ref: the reference row of
+        ΔW): Eq. 2's scaling by D, left out there, is in; the rows' products with r_ref are
+        A (B r_refᵀ), not (r_ref A) B; diag(A (B Bᵀ) Aᵀ) holds squared norms.
     u, v of Eq. 4 are the second singular pair (§3.3; §4.2's "dominant" is a slip).
 Left open by the paper (gap: our choice, because):
     A's fan-in (Kaiming-uniform): the size of its input cluster, which is all that A_l reads.
@@ -75,13 +77,13 @@ import torch.nn.functional as F
 #   spectral            k-means of their spectral embedding (Eqs. 2, 3), of whatever sizes it gives
 #   spectral-balance1   the same; if imbalanced: sort by the embedding's first column (Eq. 4), cut
 #   spectral-balance2   the same; if imbalanced: as cosine
-#   random              k equal parts of a new random order
+#   random              k equal parts of a new random order, drawn as the first (in CPSLinear)
 #   none                the same clusters again, though the stage is merged and new factors start
 #   abs-cosine          ours: as cosine, by its magnitude
 # Not to re-initialise at all (--reinit_every none) is another thing: one stage on random blocks, so
-# GraLoRA up to the order of features and its scale of 2. (Table 5's first row; its second: `none`.)
-# The printed ones find blocks of different mean. Blocks of mean zero in orthogonal subspaces
-# (Prop. 2) look alike to them, as rows of a block are opposite as often as alike: hence abs-cosine.
+# GraLoRA up to the order of features and its default α / r = 2. (Table 5's row 1; row 2: `none`.)
+# The printed strategies separate blocks whose means differ. Orthogonal blocks (Prop. 2) of mean
+# zero look alike to them, as rows of a block are opposite as often as alike: hence abs-cosine.
 STRATEGIES = ("cosine", "spectral", "spectral-balance1", "spectral-balance2", "random", "none",
               "abs-cosine")
 # k = 2 does best in the paper (Fig. 5): finer blocks differ less. k = 1 is LoRA, with scale 1.
@@ -102,7 +104,7 @@ def cosine_order(P, Q, reference="longest", absolute=False):
     inner = P @ (Q.T @ Q)                               # (a, w); inner @ Pᵀ: rows' inner products
     norms = (inner * P).sum(1).clamp(min=0).sqrt()
     ref = dict(longest=P[norms.argmax()], mean=P.mean(0), first=P[0])[reference]
-    # But for the length of the reference, which orders nothing; a row of zeros has cosine 0.
+    # The reference's length is left out: it does not change the order. A row of zeros has cosine 0.
     similarity = inner @ ref / norms.clamp(min=torch.finfo(P.dtype).tiny)
     return (similarity.abs() if absolute else similarity).argsort()
 
@@ -117,7 +119,7 @@ def spectral_embedding(P, Q, d):
     P = torch.cat((P, -lowest.expand(a, 1)), 1)                         # ΔW - min ΔW = P Qᵀ, now
     Q = torch.cat((Q, Q.new_ones(b, 1)), 1)
     D_r, D_c = P @ Q.sum(0), Q @ P.sum(0)                               # (a,), (b,)
-    eps = torch.finfo(P.dtype).eps      # a row of minima sums to rounding: no division by that
+    eps = torch.finfo(P.dtype).eps      # a row whose entries are all the minimum sums to about 0
     # Q_P and Q_Q have orthonormal columns: the singular vectors of S = Q_P (T_P T_Qᵀ) Q_Qᵀ are
     # those of the middle, at most (w + 1, w + 1), multiplied by Q_P and by Q_Q.
     Q_P, T_P = torch.linalg.qr(P / D_r.clamp(min=eps * D_r.max()).sqrt()[:, None])
@@ -205,10 +207,7 @@ def add_update(base, x, update):
 
 
 class CPSLinear(nn.Module):
-    """
-    y = x (W + ΔW_1 + .. + ΔW_{t-1})ᵀ + bias + x̃ ΔW_tᵀ, x̃ = dropout(x), x (..., i) -> (..., o), in
-    stage t; each ΔW is (o, i) here.
-    """
+    """x (W + ΔW_1 + .. + ΔW_{t-1})ᵀ + bias + dropout(x) ΔW_tᵀ (..., o), in stage t; ΔW (o, i)."""
 
     def __init__(self, base, rank, dropout, k, strategy, reference):
         super().__init__()
@@ -222,7 +221,8 @@ class CPSLinear(nn.Module):
         self.register_buffer("lora_columns", torch.empty(o, dtype=torch.long, device=W.device))
         self.register_buffer("lora_merged_A", torch.empty(0, i, **new))     # of the stages so far,
         self.register_buffer("lora_merged_B", torch.empty(o, 0, **new))     # expanded
-        # Alg. 1, line 1: k equal parts of a random order, of the inputs, then of the outputs.
+        # Alg. 1, line 1: k equal parts of a random order, of the inputs, then of the outputs. It is
+        # drawn on the CPU, whose generator gives the same clusters beside any accelerator.
         self.start(*(balanced_cut(torch.randperm(n).to(W.device), k) for n in (i, o)))
 
     @torch.no_grad()
@@ -252,8 +252,8 @@ class CPSLinear(nn.Module):
 
     def forward(self, x):
         # Two products, (..., k r) inside, are faster than Eq. 8's block by block with x and y
-        # permuted, up to k r = 256: 1.0 to 1.3 times a LoRA layer's time, against 1.4 to 1.5
-        # (2048², 512 tokens, 2 cores).
+        # permuted, up to k r = 256: 1.0 to 1.3 times a LoRA layer's time, growing with k r, which
+        # is 16 in the header's times, against 1.4 to 1.5 (1st stage, 2048², 512 tokens, 2 cores).
         A, B = (f.to(x.dtype) for f in self.expanded())
         update = F.linear(F.linear(self.dropout(x), A), B)
         if len(self.lora_merged_A):     # ended stages, a part of W_t (Alg. 1, line 6): no dropout
