@@ -188,19 +188,19 @@ def expand(A, B, rows, columns, k):
     """
     The block-sparse factors of the whole update: (k R, i) and (o, k R), ΔW = their product.
     rows (i) and columns (o) name the block of each input and each output feature. The inner axis
-    counts (n, j, p): input block, output block, rank; a block pair meets in the one p it owns.
+    counts (n, j, p): input block, output block, rank; block (j, n) owns p of the k R places.
     """
     each = torch.arange(k, device=A.device)
     A = A * (rows == each[:, None])[:, None]                            # (n, R, i), R = (j, p)
-    # (n, j, p, o): laid out along o, for a CPU's products are faster so, the backward's above all.
+    # (n, 1, p, o) * (j, 1, o), laid out along o: a CPU's products, backward's most, are faster so.
     B = B.T.contiguous().unflatten(0, (k, 1, -1)) * (columns == each[:, None])[:, None]
     return A.flatten(0, 1), B.flatten(0, 2).T
 
 
 def add_update(base, x, update):
     """
-    base(x) + update (..., o), rounded once: a product that starts from the update. In bf16 base(x)
-    is rounded at first, and would swallow what is less than half a unit of its last place.
+    base(x) + update (..., o): a product that starts from the update, then the bias. A bf16 base(x),
+    rounded alone, would swallow what is under half a unit of its last place. [None]: x may be (i,).
     """
     y = torch.addmm(update[None].flatten(0, -2), x[None].flatten(0, -2), base.weight.T)
     return (y if base.bias is None else y + base.bias.to(y.dtype)).view_as(update)

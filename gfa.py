@@ -3,7 +3,7 @@ GFA: Global Factorized Adaptation: Parameter-Efficient Fine-Tuning via Cross-Mod
 Sharing (anonymous authors, ICML submission). Official code: none.
 
 LoRA gives each of N modules a pair of factors of its own. GFA strings the updates Δ of all modules
-into one long vector, folds that into the rows of one matrix M (m, k), and factorizes M. It is
+into one long vector, folds that into the rows of one matrix M (m, k), and factorizes M. M is
 near-square, as m + k, the size of its factors at rank 1, is then smallest.
 
     W_i' = W_i + s · reshape(vec(B A)[c_{i-1} : c_i], p_i, q_i),    s = 1
@@ -17,46 +17,47 @@ Notation (paper -> here):
 
 A module of 3 x 4, Δ = [a a a a; b b b b; c c c c], that starts at entry 7 of M with k = 5:
 
-    row 0 of M   . . . . .
+    row 0 of M   . . . . .      dots: other modules' entries; at M's very end, padding
     row 1        . . a a a      start = 7 = 1 k + 2: first = 1, offset = 2 (row, column)
     row 2        a b b b b
     row 3        c c c c .      last = 4, the row after: Δ needs rows 1, 2, 3 of B, shares 1 and 3
-    row 4        . . . . .      dots: other modules' entries; padding at M's very end
 
-The idea: since q ≠ k, the rows of Δ are shifted windows of the vector, each beginning at another
-column of M (2, 1, 0 above). In an M of rank 1 all rows are multiples of A, yet windows of them
-differ: Δ can have full rank, min(p, q), as each of 48 modules of 64 x 64 had (§2). The exception:
-if k = c q and q divides start, as for q,v of LLaMA2-7B, where k = 8 q, a row of M is c whole rows
-of Δ, and rank(Δ) <= c r. Neither method's updates contain the other's, as modules of rank 1 can
-make up an M of high rank (§3).
+The idea: the rows of Δ are windows of M that begin at up to k / g columns (2, 1, 0 above), where
+g = gcd(k, q). In an M of rank 1 all rows are multiples of A, yet windows from different columns
+differ. The ends of M's rows cut the windows into (k + q) / g - 1 pieces, or one more if g does not
+divide start; the rows of Δ that have a piece have rank r there. Hence
+
+    rank(Δ) <= r ((k + q) / g - 1), or r more; and min(p, q)
+
+Each of 48 modules of 64 x 64 has rank 64 at r = 1, as k = 443, g = 1 (§2); but if k = u q, it is
+u r or (u + 1) r at most: 8 r for q,v of LLaMA2-7B. Neither method's updates contain the other's: a
+LoRA's rank is r at most, and modules of rank 1 can make up an M of high rank (§3).
 
 Parameters: r (m + k), about 2 r √d, for the whole model: for N equal square modules √N times fewer
     than LoRA's r Σ (p + q) (Eq. 1). q,v of Qwen2.5-3B: 26,067 r, LoRA 230,400 r.
 Cost, T tokens: LoRA adds 6 T r (p + q) FLOPs to a module's step, GFA 2 T p q for the gradient of Δ,
-    as full fine-tuning has it, and 8 r p q to form Δ twice and for dB, dA. A step takes 1.5 of
-    LoRA's time (2048², 512 tokens, fp32; bf16: 2.9), 1.37 in a whole SmolLM2-135M (fp32, r = 8).
-    Memory: a buffer as large as one weight, while a layer computes.
-Evaluation: merge(model) before you generate, then GFA costs nothing. Unmerged, eval mode without
-    gradient keeps W + Δ of each layer (bf16: Δ) until train(): the targets twice in memory, and a
-    token in a twelfth of the time that it takes to form them anew (2048², one core).
-Saved: lora_A and lora_B of model.adapter, r (m + k) fp32 numbers, no positions. inject finds these
-    anew, so targets, their shapes and their order must be the same: in another order the tensors
-    would fit all the same, and update other weights.
-Loop: inject; each step backward, optimizer.step, zero_grad; at the end merge. No hook is called
-    between, nothing is re-initialised.
+    as full fine-tuning has it, and 2 r p q each for Δ forward, Δ backward, dB, dA. A step takes 1.5
+    times LoRA's time (2048², 512 tokens, fp32; bf16: 2.9), in SmolLM2-135M 1.37 (fp32, r = 8), and
+    a buffer as large as one weight, while a layer computes.
+Evaluation: merge(model) before you generate. Unmerged, in eval mode without gradient, a layer keeps
+    W + Δ (bf16: Δ) until train(): the targets twice in memory. A token then costs what it does when
+    merged (bf16: two products), a twelfth of forming Δ anew for it (2048², one core).
+Saved: lora_A and lora_B of model.adapter, r (m + k) numbers, fp32 or wider. Positions are not:
+    targets, shapes and order must be the same, for another order loads, and updates other weights.
+Loop: inject; each step backward, optimizer.step, zero_grad; at the end merge. No other hook.
 
 Differs from the paper: a bf16 base gets two products, x Wᵀ + x Δᵀ, since W + Δ would round Δ away.
 Left open by the paper:
     vec: row-major over (out, in), because torch stores a weight so, and a slice is then a view.
     Order of modules: named_modules', because it is a model's own; that of `targets` has no part.
-    σ: 0.02, because the first Adam step, of B alone, then changes W by as much as that of a LoRA
-        with α = 2r at equal r and rate at width 3,300 (there σ = 2 / √(3 in)); at 2,000, by 0.8.
-    Learning rate: 3e-3, ours; optimizer, batch, epochs: train.py's, as none are printed.
+    σ: 0.02, because the first Adam step, of B alone, then changes W as LoRA's does at equal r and
+        rate: LoRA's A has σ = 1/√(3 in), times its scale 2; equals 0.02 at in = 3,333.
+    Learning rate, optimizer, batch, epochs: none is printed; 3e-3 is ours, the rest train.py's.
     A budget: match_lora, ours, takes the largest r with r (m + k) <= match_lora · Σ (p + q), that
         is LoRA's count at r = match_lora. For q,v of Qwen2.5-3B, 8 gives r = 70; 0.3 gives r = 2,
-        the paper's "r = 1/2" anchor, "roughly 0.3x" of LoRA r = 1.
-Errata: d is 169.9M (Qwen2.5-3B) and 352.3M (LLaMA-3.2-3B), printed 226M and 201M. "Adapter FLOPs
-    1.00" (Table 1) of LoRA's cannot hold where Δ is formed.
+        0.23x of LoRA r = 1, for the paper's "r = 1/2" anchor: a budget of "roughly 0.3x", no rank.
+Errata: d is 169.9M (Qwen2.5-3B) and 352.3M (LLaMA-3.2-3B), printed 226M and 201M. Table 1's adapter
+    FLOPs, 1.00 times LoRA's, cannot hold where Δ is formed.
 """
 import math
 
@@ -90,10 +91,7 @@ def cut(rows, offset, shape):
 
 
 def summed(W, B, A, offset, dtype):
-    """
-    What x is multiplied with: (W + Δ,) where W, A and B A are of one dtype (fp32, float64). Else W
-    is bf16, or autocast narrowed B A, and a sum that narrow would lose Δ: (W, Δ in dtype).
-    """
+    """Returns (W + Δ,), or (W, Δ in dtype) if W or, by autocast, B A is narrow: a sum loses Δ."""
     delta = cut(B @ A, offset, W.shape)                                 # Alg. 1, line 3
     return (delta.add_(W),) if W.dtype == A.dtype == delta.dtype else (W, delta.to(dtype))
 
@@ -105,9 +103,8 @@ def product(x, bias, W, delta=None):
 
 class Product(torch.autograd.Function):
     """
-    x (..., q) -> x (W + Δ)ᵀ + bias (..., p). Δ is cut from B A, the rows of M that this module
-    meets; B (rows, r) are those of lora_B. Backward forms Δ anew: autograd keeps x, W, B and
-    A (r, k), never Δ. W and bias are frozen.
+    x (..., q) -> x (W + Δ)ᵀ + bias (..., p), Δ cut from B A; B (rows, r): the rows of lora_B that
+    the module meets. Autograd keeps x, W, B, A, never Δ: backward forms it anew. W, bias: frozen.
     """
 
     @staticmethod
@@ -121,13 +118,13 @@ class Product(torch.autograd.Function):
     def backward(ctx, dy):
         x, W, B, A = ctx.saved_tensors
         # One buffer as large as the rows of M: for B A, then for its gradient. `window` is the view
-        # of it where Δ lies. dy has A's dtype exactly where `summed` gave W + Δ.
+        # of it where Δ lies. dy has y's dtype: A's if `summed` gave W + Δ, else bf16 or autocast's.
         dx, dM = None, A.new_empty(len(B), A.shape[1])
         window, fused = cut(dM, ctx.offset, W.shape), dy.dtype == A.dtype
         if ctx.needs_input_grad[0]:
             torch.mm(B, A, out=dM)                          # Δ in its window
             dx = dy @ window.add_(W) if fused else dy @ W.to(dy.dtype) + dy @ window.to(dy.dtype)
-        flat = dM.flatten()             # a view; M beside Δ does not enter this product: 0
+        flat = dM.flatten()     # a view; 0 beside Δ, else B A of neighbours would enter dB and dA
         flat[:ctx.offset] = flat[ctx.offset + W.numel():] = 0
         dy, x = dy.reshape(-1, len(W)), x.reshape(-1, W.shape[1]).to(dy.dtype)
         # Δ's gradient dyᵀ x (p, q), into dM through the view; that of A and B follows from M = B A.
@@ -137,8 +134,8 @@ class Product(torch.autograd.Function):
 
 class GlobalFactors(nn.Identity):
     """
-    The one pair that all modules share. M has up to k - 1 entries more than the vector, at its end:
-    no module's slice holds them. An Identity, as an nn.Sequential that was injected calls it, too.
+    The one pair that all modules share; M's last entries, up to k - 1, are in no module. An
+    Identity, as model.adapter is a child, and a model that is an nn.Sequential calls its children.
     """
 
     def __init__(self, d, rank, sigma, **new):
@@ -156,13 +153,14 @@ class GFALinear(nn.Module):
 
     def __init__(self, base, shared, start):
         super().__init__()
-        self.base, self.kept = base, None   # None: nothing yet; False: not to be, until eval()
+        # kept: None, nothing yet; False, nothing until eval(); or (now, aliases, summed) of forward
+        self.base, self.kept = base, None
         object.__setattr__(self, "shared", shared)          # unregistered: model.adapter owns it
         k = shared.lora_A.shape[1]
         self.first, self.offset = divmod(start, k)          # row and column of M where Δ begins
         self.last = -(-(start + base.weight.numel()) // k)  # the row after Δ's last row, exclusive
-        # The three again as a tensor's sizes, which are symbols to torch.compile: a module's
-        # integers are constants to it, and every layer would be compiled anew.
+        # The three again, for rows(), as sizes of a view of one number: symbols to torch.compile,
+        # to which a module's integers are constants: it would compile every layer anew.
         self.place = torch.empty(()).expand(self.first, self.last, self.offset)
 
     def rows(self):
@@ -178,9 +176,9 @@ class GFALinear(nn.Module):
     def forward(self, x):
         """
         In training Product alone. In eval mode under no_grad W + Δ is kept, until train(), eval(),
-        or a write to W, B or A that torch counts. It does not count a fused optimizer's: after a
-        forward with gradient, which a step may follow, nothing is kept until eval() is called. Nor
-        is it under autocast, in a compiled graph, or with inference tensors, which count no writes.
+        or a write to W, B or A that torch counts. It counts none of a fused optimizer's: after a
+        forward with gradient, which a step may follow, nothing is kept until eval(). Nor is it with
+        inference tensors, which count no writes, under autocast, or in a compiled graph.
         """
         W, bias = self.base.weight, self.base.bias
         sources = W, *self.shared.parameters()
@@ -224,10 +222,9 @@ def find(model, targets):
 
 def inject(model, targets, rank, alpha=None, dropout=0.0, *, sigma=0.02, match_lora=0.0):
     """
-    Freeze the model, wrap its targets in place, register their factors as model.adapter, on the
-    first target's device: a rank that match_lora chose is len(model.adapter.lora_A). ValueError,
-    before anything is changed, for an alpha or a dropout, a rank outside 1..k, a budget below
-    rank 1 or not finite, a bad target or sigma.
+    Freeze the model, wrap its targets in place (all on one device: not checked). Their factors are
+    model.adapter; len(lora_A) there is the rank that match_lora chose. ValueError, before anything
+    is changed: an alpha, a dropout, a rank outside 1..k, a bad target, sigma or budget.
     """
     if alpha is not None or dropout:
         raise ValueError("GFA has no alpha (s = 1, Step 4) and no dropout (x meets W + Δ at once)")

@@ -2,12 +2,12 @@
 GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning (Jung et al., NeurIPS
 2025), arXiv 2505.20355. Official code: https://github.com/SqueezeBits/GraLoRA
 
-LoRA's gradient of B, in the paper's letters ∂L/∂Y Xᵀ A (Eq. 3), sums over all input channels: one
-outlier, a channel of far larger activations, reaches every entry of it; in full fine-tuning it
-reaches one column of W's gradient. GraLoRA cuts the update into a k x k grid of blocks, each with
-a low-rank pair of its own: a channel reaches the k pairs of its input block, and the gradients of
-the other k² - k stay as they were (§3.3). A part h of the rank may stay plain LoRA, one pair for
-the whole weight (§3.5).
+LoRA's gradient of B, ∂L/∂Y Xᵀ A (Eq. 3; X is (i, tokens), the paper's A our lora_Aᵀ), sums over all
+input channels: one outlier, a channel of far larger activations, reaches every entry of it. Of A's
+gradient it reaches one column, as of W's in full fine-tuning. GraLoRA cuts the update into a k x k
+grid of blocks, each with a low-rank pair of its own: a channel reaches the k pairs of its input
+block, and the gradients of the other k² - k stay as they were (§3.3). A part h of the rank may stay
+plain LoRA, one pair for the whole weight (§3.5).
 
     W' = W + (α / r) ([B_jn A_jn] over output blocks j and input blocks n = 1..k  +  B_g A_g)
 
@@ -27,19 +27,19 @@ lora_B (input block, p); ΔW stands without its factor α / r:
     out 1, p     A_11   A_12      out 1     B_11     B_12        out 1    B_11 A_11   B_12 A_12
     out 2, p     A_21   A_22      out 2     B_21     B_22        out 2    B_21 A_21   B_22 A_22
 
-Parameters: r (o + i) a module, LoRA's, whatever k and h. Rank of ΔW: at most k R + h (§3.2), that
-    is k r without a hybrid part, and min(o, i); LoRA's: r.
-Cost: 2 r (o + i) FLOPs a token, LoRA's (§3.4). The latent between A and B has k R + h numbers a
-    token, LoRA's r; backward needs it, gradient checkpointing hides that. A step takes 1.02
-    (attention) to 1.06 (all linears) of LoRA's time (SmolLM2-135M, r = 8, k = 2, two CPU cores).
+Parameters: r (o + i) a module, LoRA's, whatever k and h: no count() is needed. Rank of ΔW: at most
+    k R + h (§3.2), that is k r without a hybrid part, and min(o, i); LoRA's: r.
+Cost: 2 r (o + i) FLOPs a token for the update's forward, LoRA's (§3.4). The latent between A and B
+    has k R + h numbers a token, LoRA's r; backward needs it, gradient checkpointing hides that. A
+    step takes 1.02 (attention) to 1.06 (all linears) of LoRA's time (SmolLM2-135M, r = 8, k = 2).
 Which k: a block has only rank p = R / k for its part of ΔW, and with too little it does worse, at
-    small r most of all. The paper keeps r / k² near 8: k = 2 at r = 16, 32 and 4 at 64, 128
-    (§3.4). `k=0` applies that rule; at r = 8 it gives 1, LoRA. The default is 2 at every rank.
+    small r most of all. The paper asks for r / k² ≈ 8 and takes 4 to 8: k = 2 at r = 16, 32, and 4
+    at 64, 128 (§3.4). `k=0` gives these, 1 (LoRA) at r = 8. The default is 2 at every rank.
 Which h: up to r / 2 helps where r <= 16, as B_g A_g has rank h all over the weight; at larger r the
-    blocks suffice, and B_g may bring LoRA's entangled gradient back: 0 is better (§3.5, §4.4).
-Saved: the lora_ tensors, r (o + i) fp32 numbers a module; k, h, rank and α are inject's arguments.
-Loop: inject; each step backward, optimizer.step, zero_grad; at the end merge. No hook is called
-    between, nothing is re-initialised.
+    blocks suffice, B_g's gradient again sums over all input channels, and 0 is better (§3.5, §4.4).
+Saved: the lora_ tensors, fp32 or wider; k, h, rank and α are arguments of inject.
+Loop: inject; each step backward, optimizer.step, zero_grad; at the end merge. No other hook.
+    LionW, batch 192, learning rate 2e-4 to 4e-4 (§4.1, Table 5) are presets.py's, not this file's.
 
 Differs from the official code: one dropout mask for both parts, not two; `merge` is provided.
     peft's r is our R and its hybrid_r our h; it divides α by r + hybrid_r, our rank. Its gralora_A
@@ -49,8 +49,8 @@ Left open by the paper:
     B's init: zero, because the model then starts as the pretrained one, as with LoRA.
     The rank in r / k² with a hybrid part: the whole, because h is a part of r (§3.5).
 Errata: §2.1's text calls M the input size; in Eq. 1 and all that follows it is the output size.
-    §3.2 puts A_ij at (i + (j - 1) k, j), outside of N x k r; it belongs at (j, j + (i - 1) k).
-    B_GraLoRA, printed N x k r, is M x k r.
+    §3.2 puts A_jn, its A_ij, at (j + (n - 1) k, n), outside of N x k r: (n, n + (j - 1) k) is
+    meant. B_GraLoRA, printed N x k r, is M x k r.
 """
 import math
 
@@ -73,8 +73,8 @@ def blocks_for(rank):
 
 def add_update(base, x, update):
     """
-    base(x) + update (..., o), rounded once: a product that starts from the update. In bf16 base(x)
-    is rounded at first, and would swallow what is less than half a unit of its last place.
+    base(x) + update (..., o): a product that starts from the update, then the bias. A bf16 base(x),
+    rounded alone, would swallow what is under half a unit of its last place. [None]: x may be (i,).
     """
     y = torch.addmm(update[None].flatten(0, -2), x[None].flatten(0, -2), base.weight.T)
     return (y if base.bias is None else y + base.bias.to(y.dtype)).view_as(update)
@@ -85,8 +85,9 @@ class GraLoRALinear(nn.Module):
 
     def __init__(self, base, rank, alpha, dropout, k, hybrid):
         super().__init__()
-        self.base, self.scaling, self.dropout = base, alpha / rank, nn.Dropout(dropout)
-        (o, i), W, self.k = base.weight.shape, base.weight, k
+        self.base, self.dropout = base, nn.Dropout(dropout)
+        self.scaling, self.k = alpha / rank, k
+        (o, i), W = base.weight.shape, base.weight
         new = dict(device=W.device, dtype=torch.promote_types(W.dtype, torch.float32))
         self.lora_A = nn.Parameter(torch.empty(rank - hybrid, i, **new))
         self.lora_B = nn.Parameter(torch.zeros(o, rank - hybrid, **new))
@@ -135,18 +136,18 @@ def contiguous(size, k):
     return torch.arange(k).repeat_interleave(size // k)
 
 
-# As in cps_lora.py, for whose W (in, out) `rows` are input features, and whose blocks are any
-# clusters. Of the k R inner places p belong to block (j, n): A there is 0 outside of input block n,
-# B outside of output block j, so that their product is B_jn A_jn in that block and 0 elsewhere.
+# `rows` are input features, though W is (out, in): as in cps_lora.py, whose paper has W (in, out),
+# and any clusters as blocks. In the p places of block (j, n) A is 0 outside of input block n, and B
+# outside of output block j: B_jn A_jn in that block of ΔW. Fig. 5 counts (j, n, p): the same ΔW.
 def expand(A, B, rows, columns, k):
     """
     The block-sparse factors of the whole update: (k R, i) and (o, k R), ΔW = their product.
     rows (i) and columns (o) name the block of each input and each output feature. The inner axis
-    counts (n, j, p): input block, output block, rank; a block pair meets in the one p it owns.
+    counts (n, j, p): input block, output block, rank; block (j, n) owns p of the k R places.
     """
     each = torch.arange(k, device=A.device)
     A = A * (rows == each[:, None])[:, None]                            # (n, R, i), R = (j, p)
-    # (n, j, p, o): laid out along o, for a CPU's products are faster so, the backward's above all.
+    # (n, 1, p, o) * (j, 1, o), laid out along o: a CPU's products, backward's most, are faster so.
     B = B.T.contiguous().unflatten(0, (k, 1, -1)) * (columns == each[:, None])[:, None]
     return A.flatten(0, 1), B.flatten(0, 2).T
 
@@ -176,9 +177,8 @@ def find(model, targets):
 def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=2, hybrid=0):
     """
     Freeze the model, wrap its targets in place. alpha None: 2 rank; k 0: by the rank (§3.4).
-    ValueError, before anything is changed, for a bad target or dropout, a rank outside
-    1..min(in, out), a hybrid part that is all of it (k = 1 is plain LoRA), or a k that does not
-    divide R, in and out.
+    ValueError, before anything is changed, for a bad target or dropout, a rank outside 1..min(in,
+    out), all of it for the hybrid part (k = 1 is LoRA), or a k that does not divide R, in and out.
     """
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout}, expected 0 <= dropout < 1")

@@ -46,8 +46,8 @@ def cycle(x, size):
 
 def add_update(base, x, update):
     """
-    base(x) + update (..., o), rounded once: a product that starts from the update. In bf16 base(x)
-    is rounded at first, and would swallow what is less than half a unit of its last place.
+    base(x) + update (..., o): a product that starts from the update, then the bias. A bf16 base(x),
+    rounded alone, would swallow what is under half a unit of its last place. [None]: x may be (i,).
     """
     y = torch.addmm(update[None].flatten(0, -2), x[None].flatten(0, -2), base.weight.T)
     return (y if base.bias is None else y + base.bias.to(y.dtype)).view_as(update)
