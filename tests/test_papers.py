@@ -1,12 +1,10 @@
 """
-PAPERS.md: every tag stands in its method file, every test exists, train.py understands every command;
-and each line of a sample, when it is broken, turns the test red that is named for it.
+PAPERS.md: every tag stands in its method file, every test exists; and each line of a
+sample, when it is broken, turns the test red that is named for it.
 """
 import ast
 import importlib.util
-import itertools
 import re
-import shlex
 import sys
 import types
 
@@ -14,14 +12,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-import evaluate
-import train
-
 PAPERS = (ROOT / "PAPERS.md").read_text(encoding="utf-8")
 SECTIONS = {re.search(r": (\w+)\.py, tests/(test_\w+)\.py\n", part).groups(): part
             for part in PAPERS.split("\n## ")[1:]}
 NUMBERED = dict(glora=15, cps_lora=11, gralora=6, gfa=1)       # equations that the paper numbers
-FLAGS = re.findall(r"`(--method [^`]+)`", PAPERS)
 
 
 def rows(section, head):
@@ -37,13 +31,6 @@ def names(cell):
 def functions(file):
     tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-
-
-def expanded(flags):
-    """One command for each word of each pair of braces, as a shell has it."""
-    parts = [part.split(",") for part in re.split(r"[{}]", flags)]
-    parts[::2] = [[",".join(words)] for words in parts[::2]]        # outside of braces a comma is a comma
-    return ["".join(words) for words in itertools.product(*parts)]
 
 
 def test_it_maps_the_four_papers_in_at_most_320_lines():
@@ -93,30 +80,6 @@ def test_a_claim_that_held_names_a_test_or_a_measurement_and_each_has_a_verdict(
         for part in filter(None, claim.split("; ")):
             assert re.search(r"\bheld\b|cannot be told|not run", part), (what, part)
             assert "not run" in part or names(part) or "README" in part, (what, part)
-
-
-def test_braces_expand_as_a_shells_do():
-    assert expanded("--a {x,y} --b q,v --c z{1,2}") == [
-        "--a x --b q,v --c z1", "--a x --b q,v --c z2", "--a y --b q,v --c z1", "--a y --b q,v --c z2"]
-
-
-@pytest.mark.parametrize("flags", FLAGS)
-def test_every_command_is_understood(flags):
-    for command in expanded(flags):
-        args, method = train.parse(["--model", "DIR", "--data", "DIR", *shlex.split(command)])
-        assert args.model == "DIR" and method.__file__.endswith(f"{args.method}.py")
-
-
-@pytest.mark.parametrize("flags", re.findall(r"`python evaluate\.py ([^`]+)`", PAPERS))
-def test_every_command_of_evaluation_is_understood(flags, capsys):
-    """--list prints what there is, the others stop at the adapter, which is not there."""
-    if flags == "--list":
-        evaluate.main(["--list"])
-    else:
-        with pytest.raises(SystemExit):
-            evaluate.main(shlex.split(flags))
-    out, err = capsys.readouterr()
-    assert "humanevalplus" in out or "RUN/adapter" in err
 
 
 def test_every_row_of_a_table_has_as_many_cells_as_its_head():
