@@ -78,7 +78,7 @@ def partition(sweep, args):
 
 
 def block_error(M, rows, columns, rank):
-    """Share of |M|² that the best pairs of this rank leave, one for each block of rows and columns."""
+    """Share of ‖M‖² that the best pairs of this rank leave, one for each block of rows and columns."""
     blocks = [M[rows == i][:, columns == j] for i in rows.unique() for j in columns.unique()]
     left = sum(torch.linalg.svdvals(block)[rank:].square().sum() for block in blocks)
     return (left / M.square().sum()).item()
@@ -126,7 +126,7 @@ def blocks(sweep, args):
     for label, kinds in found.items():
         found[label] = {kind: {key: [one[key] for one in each] for key in each[0]}
                         for kind, each in kinds.items()}
-    heads = ["left of |ΔW|²", "LoRA", "blocks as they are", *ORDERS, "true blocks", "contrast"]
+    heads = ["left of ‖ΔW‖²", "LoRA", "blocks as they are", *ORDERS, "true blocks", "contrast"]
     lines = [[f"{label}: {kind}", *(show(one.get(key), 3) for key in heads[1:])]
              for label, kinds in found.items() for kind, one in kinds.items()]
     of = lambda label, kind, a, b="cosine": minus(found[label][kind][a], found[label][kind][b])
@@ -145,4 +145,4 @@ def blocks(sweep, args):
                  verdict=verdict)
     name, M = [*load(runs["full"][0])[0].items()][0]
     return dict(words=words, data=dict(rows=rows, found=found, ranks=ranks, verdict=verdict),
-                draw=lambda file: draw_map(M, 2, "cosine", f"full fine-tuning, {name}", file))
+                draw=lambda file: draw_map(M, 2, "cosine", f"full fine-tuning, {name}", file, 60))

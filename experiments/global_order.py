@@ -12,11 +12,11 @@ from diagnostics import NULLS, gfa_errors, lora_errors
 from structure import load, minus, show, text, told, train
 
 BUDGETS = [float(x) for x in accuracy.BUDGETS]      # multiples of LoRA's parameters at rank 1
-HEAD = ["left of |ΔW|²", *(f"at {x:g}" for x in BUDGETS)]
+HEAD = ["left of ‖ΔW‖²", *(f"at {x:g}" for x in BUDGETS)]
 
 
 def left(deltas, least, ordered=None):
-    """Shares of |ΔW|², of {module: ΔW} together, that a method leaves at each budget."""
+    """Shares of ‖ΔW‖², of {module: ΔW} together, that a method leaves at each budget."""
     prices = [x * sum(sum(M.shape) for M in deltas.values()) for x in BUDGETS]
     norm = sum(M.square().sum().item() for M in deltas.values())
     return [error / norm for error in least(ordered or list(deltas.values()), prices)]
@@ -61,8 +61,8 @@ def outlook(sweep, args):
     words = text(args, "Budgets are multiples of LoRA's parameters at rank 1, of all linears. LoRA leaves of "
                  "`random` what it leaves of the update.", table(found), verdict=verdict)
     return dict(words=words, data=dict(rows=rows, budgets=BUDGETS, found=found, verdict=verdict),
-                draw=lambda file: panels(results, file, error_curves, xlabel="parameters / LoRA's at rank 1",
-                                         ylabel="share left"))
+                draw=lambda file: panels(results, file, error_curves, 80, ylabel="share left",
+                                         xlabel="parameters / LoRA's at rank 1"))
 
 
 def permute(sweep, args):
@@ -102,6 +102,6 @@ def draw_orders(rows, found, orders, file):
         y, bars = zip(*(accuracy.interval(list(at)) for at in zip(*found[order])))
         errors.errorbar([f"{x:g}" for x in BUDGETS], y, yerr=bars, color=f"C{n}", label=order)
     losses.set(ylabel="loss of validation rows")
-    errors.set(xlabel="parameters / LoRA's at rank 1", ylabel="share left of full's |ΔW|²")
+    errors.set(xlabel="parameters / LoRA's at rank 1", ylabel="share left of full's ‖ΔW‖²")
     errors.legend()
     figure.savefig(file, dpi=80)

@@ -41,7 +41,7 @@ def overlap(one, other):
 
 
 def density(found, deltas):
-    """Mean over modules: the share of |ΔW|² in a region over its share of the entries. 1: as elsewhere."""
+    """Mean over modules: the share of ‖ΔW‖² in a region over its share of the entries. 1: as elsewhere."""
     return fmean((deltas[name][columns][:, rows].square().mean() / deltas[name].square().mean()).item()
                  for name, (rows, columns) in found.items())
 
@@ -56,7 +56,7 @@ def importance(sweep, args):
     sizes = found["taylor"][0]
     chance = fmean(len(kept) / n for name, pair in sizes.items()
                    for kept, n in zip(pair, full[0][name].T.shape))
-    verdict, lines = [], [["row", "density of full's |ΔW|²", "shuffled",
+    verdict, lines = [], [["row", "density of full's ‖ΔW‖²", "shuffled",
                            *(f"overlap with {other}" for other in wanted), "of seeds"]]
     for label, mine in found.items():
         row = rows[label]
@@ -66,7 +66,7 @@ def importance(sweep, args):
         lines.append([label, show(row["density"]), show(row["null"]), *map(show, row["overlap"].values()),
                       show(row["seeds"])])
         above_chance = lambda values: [x - chance for x in values]
-        verdict += [told(f"{label}: its region has more of full's |ΔW|² than of the shuffled one's",
+        verdict += [told(f"{label}: its region has more of full's ‖ΔW‖² than of the shuffled one's",
                          minus(row["density"], row["null"])),
                     told(f"{label}: regions of other seeds overlap above chance", above_chance(row["seeds"]))]
         verdict += [told(f"{label} and {other} overlap above chance", above_chance(row["overlap"][other]))

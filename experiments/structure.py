@@ -24,7 +24,7 @@ MAIN = Path(__file__).with_name("results") / "main.json"
 LONG, LONG_SEEDS = 240, 3
 LINE = "- {claim}: {difference:+.3g} ± {half:.2g}, **{verdict}**"
 COLUMNS = {"eber_glora": "EBER (p ∝ s², whole update)", "eber_cps": "EBER (p ∝ s, last stage)",
-           "angle_trained": "angle, degrees", "contrast_trained": "contrast", "size": "|ΔW| / |W|"}
+           "angle_trained": "angle, degrees", "contrast_trained": "contrast", "size": "‖ΔW‖ / ‖W‖"}
 SPECTRAL = ("rank", "eber_glora", "eber_cps")      # to these the null `random` is the update
 
 
@@ -92,8 +92,8 @@ def show(values, digits=2):
 def text(args, *parts, verdict):
     """The lines of markdown of a name."""
     return [f"The bundled model, all linears, rank 8 and {args.steps or STEPS} steps unless a row says "
-            f"otherwise, {args.seeds} paired seeds; of {LONG} steps {min(args.seeds, LONG_SEEDS)}. ± is half "
-            "of the 95 % interval over seeds. Nulls: `shuffled`, the same entries in another order; "
+            f"otherwise, {args.seeds} paired seeds, of {LONG} steps at most {LONG_SEEDS}. ± is half of the "
+            "95 % interval over seeds. Nulls: `shuffled`, the same entries in another order; "
             "`random`, the same singular values with other vectors.", "", *"\n\n".join(parts).split("\n"), "",
             *map(LINE.format_map, verdict)]
 

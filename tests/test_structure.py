@@ -173,10 +173,11 @@ def test_the_vector_of_an_order_is_what_the_layers_would_take_back():
 # ---- each name
 
 class InProcess(sweep.Sweep):
-    """Without a new process for each run: importing torch is most of a small one."""
+    """Without a new process and a picture of the loss for each run, which are most of a small one."""
     def run(self, flags):
-        out = self.directory(flags)
-        train.main([*shlex.split(flags), "--out_dir", str(out), "--overwrite"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "matplotlib.figure", None)
+            train.main([*shlex.split(flags), "--out_dir", str(self.directory(flags)), "--overwrite"])
         return flags
 
 
