@@ -110,8 +110,8 @@ def error_curves(result):
             yield f"{kind}, {method}", budgets, result["errors"][kind][method], None, LINES[kind], style
 
 
-def draw_map(M, k, strategy, title, file, dpi=150):
-    """|M| and its nulls, as they are and by clusters; large ones as means of 256 x 256 cells."""
+def draw_map(M, k, strategy, title, file, dpi=150, most=256):
+    """|M| and its nulls, as they are and by clusters; large ones as means of most x most cells."""
     from matplotlib.figure import Figure
     axes = Figure(figsize=(12, 8), layout="constrained").subplots(2, len(NULLS))
     for column, (kind, null) in zip(axes.T, NULLS.items()):
@@ -120,7 +120,7 @@ def draw_map(M, k, strategy, title, file, dpi=150):
         plain = [balanced_cut(torch.arange(n), k) for n in N.shape]
         for ax, when, (rows, columns) in zip(column, ("before", "after"), (plain, clusters)):
             cells = N.abs()[rows.argsort(stable=True)][:, columns.argsort(stable=True)]
-            cells = nn.functional.adaptive_avg_pool2d(cells[None], [min(n, 256) for n in N.shape])[0]
+            cells = nn.functional.adaptive_avg_pool2d(cells[None], [min(n, most) for n in N.shape])[0]
             floor = cells.max() * 1e-4          # an untouched entry has no logarithm
             image = ax.imshow(cells.clamp(min=floor).log10().numpy(), aspect="auto", interpolation="nearest")
             ax.set(title=f"{kind}, {when}: contrast {contrast(N, rows, columns):.3f}", xticks=[], yticks=[])

@@ -145,4 +145,4 @@ def blocks(sweep, args):
                  verdict=verdict)
     name, M = [*load(runs["full"][0])[0].items()][0]
     return dict(words=words, data=dict(rows=rows, found=found, ranks=ranks, verdict=verdict),
-                draw=lambda file: draw_map(M, 2, "cosine", f"full fine-tuning, {name}", file, 60))
+                draw=lambda file: draw_map(M, 2, "cosine", f"full fine-tuning, {name}", file, 60, 40))

@@ -60,19 +60,22 @@ def importance(sweep, args):
                            *(f"overlap with {other}" for other in wanted), "of seeds"]]
     for label, mine in found.items():
         row = rows[label]
-        row["density"], row["null"] = ([*map(density, mine, deltas)] for deltas in (full, noise))
+        for kind, deltas in (("update", full), ("shuffled", noise)):
+            row[kind]["density"] = [*map(density, mine, deltas)]
+        dense, null = row["update"]["density"], row["shuffled"]["density"]
         row["overlap"] = {other: [*map(overlap, mine, found[other])] for other in wanted}
         row["seeds"] = [*map(overlap, mine, mine[1:] + mine[:1])]
-        lines.append([label, show(row["density"]), show(row["null"]), *map(show, row["overlap"].values()),
+        lines.append([label, show(dense), show(null), *map(show, row["overlap"].values()),
                       show(row["seeds"])])
         above_chance = lambda values: [x - chance for x in values]
         verdict += [told(f"{label}: its region has more of full's ‖ΔW‖² than of the shuffled one's",
-                         minus(row["density"], row["null"])),
+                         minus(dense, null)),
                     told(f"{label}: regions of other seeds overlap above chance", above_chance(row["seeds"]))]
         verdict += [told(f"{label} and {other} overlap above chance", above_chance(row["overlap"][other]))
                     for other in list(wanted)[list(wanted).index(label) + 1:]]
     return result(args, rows, verdict, rows_table(rows, ("eber_glora",), loss=True), as_table(lines),
-                  f"Chance: an overlap of {chance:.3f}, a density of 1.", keys=("eber_glora",), chance=chance)
+                  f"Chance: an overlap of {chance:.3f}, a density of 1.", keys=("eber_glora", "density"),
+                  chance=chance)
 
 
 def ends(sweep, args):

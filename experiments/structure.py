@@ -24,7 +24,8 @@ MAIN = Path(__file__).with_name("results") / "main.json"
 LONG, LONG_SEEDS = 240, 3
 LINE = "- {claim}: {difference:+.3g} ± {half:.2g}, **{verdict}**"
 COLUMNS = {"eber_glora": "EBER (p ∝ s², whole update)", "eber_cps": "EBER (p ∝ s, last stage)",
-           "angle_trained": "angle, degrees", "contrast_trained": "contrast", "size": "‖ΔW‖ / ‖W‖"}
+           "angle_trained": "angle, degrees", "contrast_trained": "contrast", "size": "‖ΔW‖ / ‖W‖",
+           "density": "density of full's ‖ΔW‖²"}
 SPECTRAL = ("rank", "eber_glora", "eber_cps")      # to these the null `random` is the update
 
 
@@ -91,10 +92,11 @@ def show(values, digits=2):
 
 def text(args, *parts, verdict):
     """The lines of markdown of a name."""
+    few = "" if args.steps else f" ({min(args.seeds, LONG_SEEDS)} where it has {LONG} steps)"
     return [f"The bundled model, all linears, rank 8 and {args.steps or STEPS} steps unless a row says "
-            f"otherwise, {args.seeds} paired seeds, of {LONG} steps at most {LONG_SEEDS}. ± is half of the "
-            "95 % interval over seeds. Nulls: `shuffled`, the same entries in another order; "
-            "`random`, the same singular values with other vectors.", "", *"\n\n".join(parts).split("\n"), "",
+            f"otherwise, {args.seeds} paired seeds{few}. ± is half of the 95 % interval over seeds. Nulls: "
+            "`shuffled`, the same entries in another order; `random`, the same singular values with other "
+            "vectors.", "", *"\n\n".join(parts).split("\n"), "",
             *map(LINE.format_map, verdict)]
 
 
@@ -105,14 +107,15 @@ def rows_table(rows, keys, loss=False):
     lines = [["row", "re-inits", "rate", *heads, *["loss", "minus the first's"] * loss]]
     for label, row in rows.items():
         first = next(other for other in rows.values() if other["steps"] == row["steps"])
-        cells = [show(row[kind].get(key)) for key, kind in kinds]
+        digits = lambda key: 3 if key in ("contrast_trained", "size") else 2
+        cells = [show(row[kind].get(key), digits(key)) for key, kind in kinds]
         lines.append([label, str(row["reinits"]), row["lr"], *cells,
                       *[show(row["loss"], 4), show(minus(row["loss"], first["loss"]), 4)] * loss])
     return as_table(lines)
 
 
 def draw_rows(rows, keys, file):
-    """A panel a measure: of each row the mean and its interval, beside its nulls'."""
+    """A panel a measure: of each row mean and interval, beside its nulls'; far off, as ranks', in words."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(5 * len(keys), 1 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots(1, len(keys), squeeze=False, sharey=True)[0]
@@ -120,8 +123,10 @@ def draw_rows(rows, keys, file):
         for n, (kind, colour) in enumerate(LINES.items()):
             found = [(y + 0.2 * n, *interval(row[kind][key])) for y, row in enumerate(rows.values())
                      if key in row[kind] and (key not in SPECTRAL or kind != "random")]
-            if found:
-                y, mean, half = zip(*found)
+            y, mean, half = zip(*found) if found else ((), (), ())
+            if found and kind == "shuffled" and key in SPECTRAL:
+                ax.plot([], [], label=f"shuffled: {min(mean):.0f} to {max(mean):.0f}", color=colour)
+            elif found:
                 ax.errorbar(mean, y, xerr=half, fmt="o", markersize=4, color=colour, label=kind)
         ax.set(xlabel=COLUMNS.get(key, key), yticks=range(len(rows)), yticklabels=rows)
         ax.legend(fontsize="small")
