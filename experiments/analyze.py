@@ -68,7 +68,7 @@ def updates(directory, base=None, method=None):
 LINES = dict(update="C0", shuffled="C1", random="C2")
 
 
-def panels(results, file, curves, **labels):
+def panels(results, file, curves, dpi=150, **labels):
     """A panel a run, with curves(result): (label, x, y, deviation or None, colour, line style)."""
     from matplotlib.figure import Figure
     axes = Figure(figsize=(5 * len(results), 4), layout="constrained").subplots(
@@ -81,7 +81,7 @@ def panels(results, file, curves, **labels):
                                 color=colour, alpha=0.15, linewidth=0)
         ax.set(title=run, **labels)
         ax.legend(fontsize="x-small")
-    axes[0].figure.savefig(file, dpi=150)
+    axes[0].figure.savefig(file, dpi=dpi)
 
 
 def spectra_curves(result):
@@ -110,8 +110,8 @@ def error_curves(result):
             yield f"{kind}, {method}", budgets, result["errors"][kind][method], None, LINES[kind], style
 
 
-def draw_map(M, k, strategy, title, file):
-    """|M| and its nulls, as they are and by clusters; large ones as means of 256 x 256 cells."""
+def draw_map(M, k, strategy, title, file, dpi=150, most=256):
+    """|M| and its nulls, as they are and by clusters; large ones as means of most x most cells."""
     from matplotlib.figure import Figure
     axes = Figure(figsize=(12, 8), layout="constrained").subplots(2, len(NULLS))
     for column, (kind, null) in zip(axes.T, NULLS.items()):
@@ -120,13 +120,13 @@ def draw_map(M, k, strategy, title, file):
         plain = [balanced_cut(torch.arange(n), k) for n in N.shape]
         for ax, when, (rows, columns) in zip(column, ("before", "after"), (plain, clusters)):
             cells = N.abs()[rows.argsort(stable=True)][:, columns.argsort(stable=True)]
-            cells = nn.functional.adaptive_avg_pool2d(cells[None], [min(n, 256) for n in N.shape])[0]
+            cells = nn.functional.adaptive_avg_pool2d(cells[None], [min(n, most) for n in N.shape])[0]
             floor = cells.max() * 1e-4          # an untouched entry has no logarithm
             image = ax.imshow(cells.clamp(min=floor).log10().numpy(), aspect="auto", interpolation="nearest")
             ax.set(title=f"{kind}, {when}: contrast {contrast(N, rows, columns):.3f}", xticks=[], yticks=[])
             ax.figure.colorbar(image, ax=ax)
     axes[0, 0].figure.suptitle(f"log10 |ΔW|: {title}")
-    axes[0, 0].figure.savefig(file, dpi=150)
+    axes[0, 0].figure.savefig(file, dpi=dpi)
 
 
 # ---- the command
