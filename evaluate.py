@@ -179,7 +179,7 @@ def complete(model, tokenizer, module, rows, file=None, rule="strict", temperatu
 
 
 def ask(model, tokenizer, module, rows, samples, file=None, rule="strict", temperature=0.0, top_p=1.0):
-    """An output for each sample; the loss that nll has of each row; its likeliest choice, None without any."""
+    """An output for each sample; of each row the loss that nll has, and its likeliest choice, or None."""
     with eval_mode(model):
         if module.KIND == "classify":
             labels, losses = predict(model, [text.example(tokenizer, row) for row in rows])

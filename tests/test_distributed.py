@@ -67,7 +67,7 @@ def metrics(out):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "gralora", "cps_lora", "glora", "gfa"])
 def test_two_processes_train_the_adapter_of_one(method, forks, tmp_path):
-    """With accumulation, batches that do not divide, a process without an example, and a re-initialisation."""
+    """With accumulation, batches that do not divide, a process without an example, a re-initialisation."""
     command = [*COMMAND, "--method", method, *OWN.get(method, []), "--lr", "1e-3", "--out_dir"]
     status, printed = forks.run(*command, tmp_path / "one", before=BRIEF)
     assert status == 0, printed
