@@ -24,14 +24,15 @@ class Run(runs.Run):
 
     def check(self):
         """Joins the others; who waits for one of them for half an hour ends with an error."""
-        self.gpu = [int(os.environ["LOCAL_RANK"])] if torch.cuda.is_available() else []
+        cuda = torch.cuda.is_available() and self.args.device != "cpu"
+        self.gpu = [int(os.environ["LOCAL_RANK"])] if cuda else []
         torch.cuda.set_device(*self.gpu or [-1])        # what --device auto takes; -1: none
         if not dist.is_initialized():
             dist.init_process_group(timeout=timedelta(minutes=30))
         self.rank, self.n = dist.get_rank(), dist.get_world_size()
         self.first = self.rank == 0
         if self.first:
-            print(f"{self.n} processes: each batch is shared out, and --micro_batch_size is of each process")
+            print(f"{self.n} processes, which share each batch's forward passes, and the rows to evaluate")
             return super().check()
         sys.stdout, tqdm.display = open(os.devnull, "w"), lambda *_, **__: None
 
@@ -40,6 +41,8 @@ class Run(runs.Run):
         found = [super().claim(name, env) if self.first else None]
         dist.broadcast_object_list(found)
         self.out, = found
+        most = -(-self.args.batch_size // self.n)       # compared and written was what the command said
+        self.args.micro_batch_size = min(self.args.micro_batch_size, most)
         return self.out
 
     def agree(self, model):
@@ -59,6 +62,7 @@ class Run(runs.Run):
                 loss.backward()
                 total += loss.item()
         sums = [p.grad for p in model.parameters() if p.grad is not None]
+        # SpIEL's layers gather, in backward, gradients of what does not train.
         sums += [m.step_gradient for m in model.modules() if getattr(m, "step_gradient", None) is not None]
         sums.append(sums[0].new_tensor([total, bool(self.asked)]))
         flat = torch.cat([t.flatten() for t in sums])

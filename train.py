@@ -371,7 +371,7 @@ def train(args, method, run):
         resumed = run.load(model, optimizer, method)        # {} unless --resume goes on from a saved state
     except (ValueError, OSError) as error:
         Parser(prog="train.py").error(error)    # one line, exit 2
-    run.agree(model)
+    run.agree(model)        # what several processes injected is the same; of one this does nothing
     trainable = describe(args, method, model, examples, cut, steps, epoch_steps)
     summary = dict(task=args.task, method=args.method, rank=args.rank, trainable=trainable, steps=steps,
                    inject_seconds=injected - began, reinit_seconds=[])
@@ -402,7 +402,7 @@ def train(args, method, run):
             shuffled = order(args.seed, epoch, len(examples))
         chosen = shuffled[position * args.batch_size:(position + 1) * args.batch_size]
         batch = [examples[i] for i in chosen]
-        loss, seen = (run.backward or backward)(model, batch, args.micro_batch_size)
+        loss, seen = (run.backward or backward)(model, batch, args.micro_batch_size)    # run's: of several
         if hasattr(method, "observe"):      # sees the gradients before they are checked or clipped
             method.observe(model, step, steps)
         # Collected anew every step: reinit may replace parameters in the optimizer's groups.
@@ -419,8 +419,8 @@ def train(args, method, run):
         if step in reinits:         # after the step: validation and saves see the new factors
             reinit_began = clock()
             method.reinit(model, optimizer)
-            run.agree(model)        # of several processes each did that for itself
             summary["reinit_seconds"].append(clock() - reinit_began)
+            run.agree(model)        # several processes each did that for themselves
             adapted = sum(hasattr(m, "delta") for m in model.modules())
             print(f"step {step}: re-initialised, {adapted} modules", flush=True)
             if args.compile:        # new shapes add up to dynamo's limit, where it falls back to eager

@@ -143,12 +143,15 @@ def test_torchrun_starts_it(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(
         [dict(instruction=f"{i} + {i} =", input="", output=f"{2 * i}") for i in range(11)]))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    ran = subprocess.run([*torchrun, ROOT / "train.py", *COMMAND, "--max_steps", "2", "--out_dir", "run"],
+    command = [*COMMAND, "--batch_size", "4", "--micro_batch_size", "4", "--max_steps", "2"]
+    ran = subprocess.run([*torchrun, ROOT / "train.py", *command, "--out_dir", "run"],
                          cwd=tmp_path, capture_output=True, text=True, timeout=300,
                          env=os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("2 processes") == 1 and ran.stdout.count("\nafter training\n") == 1
-    assert len(tensors(tmp_path / "run")) > 0
+    assert "2 steps of 4 examples (2 forward passes of 2 each)" in ran.stdout
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["micro_batch_size"] == 4
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())["step"] == 2
 
 
 # ------------------------------------------------------------------------------------ stopped, and gone on
@@ -176,8 +179,8 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step_and_they_go_on_to
 
 
 def test_masks_of_dropout_differ_between_the_processes(whole, forks, tmp_path):
-    """Were they drawn from one state, as here, this would be another run."""
-    alike = "import distributed; distributed.hash = lambda what: 7"
+    """Where the second draws the first one's, as here, it is another run."""
+    alike = "import distributed; distributed.hash = lambda what: hash((*what[:2], 0))"
     succeed(forks, *SHORT, "--out_dir", tmp_path / "run", before=(alike, alike))
     assert any((tensors(tmp_path / "run")[name] != t).any() for name, t in tensors(whole).items())
 
