@@ -178,28 +178,39 @@ def complete(model, tokenizer, module, rows, file=None, rule="strict", temperatu
     return outputs
 
 
+def ask(model, tokenizer, module, rows, samples, file=None, rule="strict", temperature=0.0, top_p=1.0):
+    """An output for each sample; of each row the loss that nll has, and its likeliest choice, or None."""
+    with eval_mode(model):
+        if module.KIND == "classify":
+            labels, losses = predict(model, [text.example(tokenizer, row) for row in rows])
+            return labels, losses, [None] * len(rows)
+        outputs = complete(model, tokenizer, module, samples, file, rule, temperature, top_p)
+        losses, chosen = likelihoods(model, tokenizer, rows, module.MAX_NEW_TOKENS)
+        return outputs, losses, [chosen.get(i) for i in range(len(rows))]
+
+
 def evaluate(model, tokenizer, module, rows, file=None, rule="strict", n=1, temperature=0.0, top_p=1.0,
-             execute=False):
+             execute=False, share=None):
     """
     Every measure of one set: the task's own (accuracy, pass@k, Matthews ..) of n outputs a row; "loss", nats
     per token of the right outputs, EOS included, or per label; with choices "likelihood", the accuracy of the
     likeliest one. Code is run, and so scored, only with `execute`. model None: the outputs in `file` are
-    scored, nothing else. Writes output_lines to `file`.
+    scored, nothing else. Writes output_lines to `file`. share, with n = 1: distributed.py's, of several
+    processes each asks the model some of the rows.
     """
-    samples, losses, chosen = [row for row in rows for _ in range(n)], None, {}
+    samples, losses, chosen = [row for row in rows for _ in range(n)], None, []
     if model is None:
         outputs = read_outputs(file, samples)
         if None in outputs:
             raise ValueError(f"{file}: holds {len(outputs) - outputs.count(None)} of {len(outputs)} outputs")
         if module.KIND == "classify" and max(outputs) >= len(tasks.labels_of(module, rows[0]["task"])):
             raise ValueError(f"{file}: an output is label {max(outputs)}, which the task has not")
+    elif share:
+        found = share(lambda some: list(zip(*ask(model, tokenizer, module, some, some))), rows)
+        outputs, losses, chosen = map(list, zip(*found))
     else:
-        with eval_mode(model):
-            if module.KIND == "classify":
-                outputs, losses = predict(model, [text.example(tokenizer, row) for row in rows])
-            else:
-                outputs = complete(model, tokenizer, module, samples, file, rule, temperature, top_p)
-                losses, chosen = likelihoods(model, tokenizer, rows, module.MAX_NEW_TOKENS)
+        outputs, losses, chosen = ask(model, tokenizer, module, rows, samples, file, rule, temperature, top_p)
+    chosen = {i: choice for i, choice in enumerate(chosen) if choice is not None}
     scored = module.score(outputs, samples, rule) if module.KIND != "execute" or execute else {}
     if file is not None:
         write_lines(file, output_lines(samples, outputs, scored, chosen, n))

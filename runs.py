@@ -220,7 +220,11 @@ def clock(seconds):
 class Run:
     """As a context it listens to signals, and lets its lock go at the end."""
     out, held = None, None      # its directory, and the lock that it has
-    step, signal = 0, 0         # the last step that was begun, and the signal that asks it to stop
+    step, asked = 0, 0          # the last step that was begun, and the signal that asks it to stop
+    # What distributed.py has in their place, for several processes:
+    first = True                # is this the one that writes?
+    signal = property(lambda self: self.asked)      # a signal that all know of
+    backward = share = None     # the gradient of a batch, and what is found of rows, by all
 
     def __init__(self, args):
         self.args = args
@@ -244,9 +248,10 @@ class Run:
 
     def stop(self, number, frame):
         """What a signal does in the loop: save ends the run after this step, and a second one at once."""
-        self.signal = number
+        self.asked = number
         self.listen(signal.SIG_DFL)
-        os.write(2, b"\nends after this step; a second signal ends it at once\n")       # print may be at work
+        if self.first:
+            os.write(2, b"\nends after this step; a second signal ends it at once\n")   # print may be at work
 
     def leave(self, number, frame=None):
         """What it does elsewhere: by an exception, so that nothing half-written stays."""
@@ -255,7 +260,8 @@ class Run:
             found = states(self.out)
             done = f"after step {int(found[-1].name)}" if found else "from its first step"
             words = f"the same command with --resume --out_dir {self.out} goes on {done}"
-        os.write(2, f"\nstopped by {signal.Signals(number).name}: {words}\n".encode())
+        if self.first:
+            os.write(2, f"\nstopped by {signal.Signals(number).name}: {words}\n".encode())
         raise SystemExit(128 + number)
 
     def check(self):
@@ -321,8 +327,29 @@ class Run:
         finally:
             shutil.rmtree(part, ignore_errors=True)     # after put, the run that was there
 
+    def agree(self, model):
+        """Of several processes that they have the same adapter; each waits for the others."""
+
+    def write_adapter(self, name, model, record):
+        self.agree(model)
+        if self.first:
+            checkpoint.save_adapter(self.out / name, model, record | {"step": self.step})
+
+    def select(self):
+        """adapter-best becomes the run's adapter."""
+        if self.first:
+            with new_directory(self.out / "adapter") as part:
+                shutil.copytree(self.out / "adapter-best", part, dirs_exist_ok=True)
+
     def save(self, model, optimizer, **more):
         """Keeps the state after this step, and the one before; ends the run where a signal asked for it."""
+        if self.first:
+            self.write_state(model, optimizer, more)
+        self.agree(model)           # no process ends before the state is whole
+        if self.signal:
+            self.leave(self.signal)
+
+    def write_state(self, model, optimizer, more):
         device, tensors, best = next(model.parameters()).device, {}, self.out / "adapter-best"
         record = pack(state_of(model, optimizer, device) | dict(more=more), tensors)    # more: the loop's own
         with new_directory(self.out / "resume" / f"{self.step:08}") as part:
@@ -333,8 +360,6 @@ class Run:
         kept = [d for d in states(self.out) if int(d.name) <= self.step][-2:]
         for other in set(states(self.out)) - set(kept):     # older, or refused at a resume and overtaken now
             shutil.rmtree(other)
-        if self.signal:
-            self.leave(self.signal)
 
     def load(self, model, optimizer, method):
         """
@@ -348,18 +373,25 @@ class Run:
         if state:
             set_state(state, model, optimizer, method, device)
             self.step = int(directory.name)
+        if self.first:
+            self.cut(best, directory and directory / best.name)
+        print(f"goes on after step {self.step}: {self.out}")
+        return state["more"] if state else {}
+
+    def cut(self, best, kept):
+        """Takes back what later steps wrote."""
         shutil.rmtree(best, ignore_errors=True)
-        if state and (directory / best.name).exists():
-            shutil.copytree(directory / best.name, best)
+        if kept and kept.exists():
+            shutil.copytree(kept, best)
         with open(self.out / "metrics.jsonl", "a+b") as log:
             log.seek(0)
             kept = [line for line in log if line.endswith(b"\n") and json.loads(line)["step"] <= self.step]
             log.truncate(sum(map(len, kept)))               # steps rise, and only the last line may be torn
-        print(f"goes on after step {self.step}: {self.out}")
-        return state["more"] if state else {}
 
     def log(self, line, steps, elapsed, pace):
         """A line of metrics.jsonl, and of the screen: of `steps`, `elapsed` seconds so far, `pace` a step."""
+        if not self.first:
+            return
         with open(self.out / "metrics.jsonl", "a") as f:
             f.write(json.dumps(line) + "\n")
         print(f"step {line['step']:{len(str(steps))}}/{steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  "
@@ -371,11 +403,11 @@ class Run:
         """The numbers of the steps to take; here a signal waits for the end of the step."""
         if self.step < last:
             for outputs in self.out.glob("eval/*.after.jsonl"):     # of an earlier attempt's adapter
-                outputs.unlink()
+                outputs.unlink(missing_ok=True)
         self.listen(self.stop)
         while self.step < last:
             self.step += 1
             yield self.step
         self.listen(self.leave)
-        if self.signal:             # it came when the last step was saved already
-            self.leave(self.signal)
+        if self.asked:              # it came when the last step was saved already
+            self.leave(self.asked)

@@ -1,5 +1,5 @@
 """
-Fine-tune one model with one low-rank method on one task, on one GPU or CPU.
+Fine-tune one model with one low-rank method on one task, on one GPU or CPU; on several: distributed.py.
 
     python train.py --method gfa --rank 8                              # bundled model and task, a minute
     python train.py --method lora --model DIR --task boolq --data DIR  # a Hugging Face directory, your data
@@ -8,6 +8,7 @@ Fine-tune one model with one low-rank method on one task, on one GPU or CPU.
 import argparse
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ import runs
 from checkpoint import Parser
 from data import tasks, text
 from evaluate import evaluate_sets, mean_loss, nll, shared_flags, show
-from files import new_directory, write_json
+from files import write_json
 from model import first_non_finite, targets_of
 
 # ------------------------------------------------------------------------------------ command line
@@ -295,12 +296,12 @@ def environment(device):
 
 # ------------------------------------------------------------------------------------ the run
 
-def measure(when, args, model, tokenizer, task, sets, out):
+def measure(when, args, model, tokenizer, task, sets, run):
     """Evaluates "before" or "after", prints, writes the outputs -> what summary.json has of it."""
     print(f"{when} training")
-    name_file = lambda name: out / "eval" / f"{Path(name).stem}.{when}.jsonl"
-    table = evaluate_sets(model, tokenizer, task, sets, name_file, rule=args.rule,
-                          execute=args.allow_code_execution)
+    name_file = lambda name: run.out / "eval" / f"{Path(name).stem}.{when}.jsonl" if run.first else None
+    table = evaluate_sets(model, tokenizer, task, sets, name_file, rule=args.rule, share=run.share,
+                          execute=args.allow_code_execution and run.first)
     found = {when: table.pop("main", {}), f"loss_{when}": table.pop("loss")["mean"]}
     if "majority" in table:                     # the task's score has it where it means something
         found["majority"] = table.pop("majority")
@@ -310,18 +311,23 @@ def measure(when, args, model, tokenizer, task, sets, out):
     return found | {f"{when}_{name}": values for name, values in table.items()}
 
 
-def validate(model, examples, step, summary, out, record):
+def validate(model, examples, step, summary, run, record):
     """The validation loss, into the summary; the adapter with the least so far is kept as adapter-best."""
-    last = summary["last"] = dict(step=step, loss_val=mean_loss(nll(model, examples)))
+    losses = run.share(lambda some: nll(model, some), examples) if run.share else nll(model, examples)
+    last = summary["last"] = dict(step=step, loss_val=mean_loss(losses))
     print(f"step {step}: validation loss {last['loss_val']:.4f}", flush=True)
     if "best" not in summary or last["loss_val"] < summary["best"]["loss_val"]:
         summary["best"] = last
-        checkpoint.save_adapter(out / "adapter-best", model, record | {"step": step})
+        run.write_adapter("adapter-best", model, record)
 
 
 def main(argv=None):
     args, method = parse(argv)
-    with runs.Run(args) as run:         # which listens to signals; its lock ends here
+    run = runs.Run(args)
+    if "LOCAL_RANK" in os.environ:      # torchrun's: this is one of several processes
+        import distributed
+        run = distributed.Run(args)
+    with run:                           # which listens to signals; its lock ends here
         try:
             train(args, method, run)
         except torch.OutOfMemoryError:
@@ -365,6 +371,7 @@ def train(args, method, run):
         resumed = run.load(model, optimizer, method)        # {} unless --resume goes on from a saved state
     except (ValueError, OSError) as error:
         Parser(prog="train.py").error(error)    # one line, exit 2
+    run.agree(model)        # what several processes injected is the same; of one this does nothing
     trainable = describe(args, method, model, examples, cut, steps, epoch_steps)
     summary = dict(task=args.task, method=args.method, rank=args.rank, trainable=trainable, steps=steps,
                    inject_seconds=injected - began, reinit_seconds=[])
@@ -376,7 +383,7 @@ def train(args, method, run):
     before = args.eval_before and not resumed
     tasks.forecast(task, sets, before, examples, steps * args.batch_size)
     if before:
-        summary |= measure("before", args, model, tokenizer, task, sets, out)
+        summary |= measure("before", args, model, tokenizer, task, sets, run)
 
     model.checkpointing = args.checkpointing
     if args.compile:
@@ -395,7 +402,7 @@ def train(args, method, run):
             shuffled = order(args.seed, epoch, len(examples))
         chosen = shuffled[position * args.batch_size:(position + 1) * args.batch_size]
         batch = [examples[i] for i in chosen]
-        loss, seen = backward(model, batch, args.micro_batch_size)
+        loss, seen = (run.backward or backward)(model, batch, args.micro_batch_size)    # run's: of several
         if hasattr(method, "observe"):      # sees the gradients before they are checked or clipped
             method.observe(model, step, steps)
         # Collected anew every step: reinit may replace parameters in the optimizer's groups.
@@ -413,6 +420,7 @@ def train(args, method, run):
             reinit_began = clock()
             method.reinit(model, optimizer)
             summary["reinit_seconds"].append(clock() - reinit_began)
+            run.agree(model)        # several processes each did that for themselves
             adapted = sum(hasattr(m, "delta") for m in model.modules())
             print(f"step {step}: re-initialised, {adapted} modules", flush=True)
             if args.compile:        # new shapes add up to dynamo's limit, where it falls back to eager
@@ -425,10 +433,10 @@ def train(args, method, run):
                          peak_memory_mb=runs.peak_memory_mb(device)),
                     steps, time.perf_counter() - started, sum(seconds for _, seconds in pace) / step)
         if held_out and (step % (args.eval_every or epoch_steps) == 0 or step == steps):
-            validate(model, held_out, step, summary, out, record)
+            validate(model, held_out, step, summary, run, record)
         if step == steps or run.signal or (args.save_steps and step % args.save_steps == 0):
             nll(model, batch)       # FloatingPointError if this step broke the model: the last save stays
-            checkpoint.save_adapter(out / "adapter", model, record | {"step": step})
+            run.write_adapter("adapter", model, record)
             if args.save_steps or run.signal:       # else no state to resume; on a signal save ends the run
                 run.save(model, optimizer, summary=summary, seconds=time.perf_counter() - started,
                          pace=[[sum(column) for column in zip(*pace)]])
@@ -437,11 +445,12 @@ def train(args, method, run):
         model = optimizer = params = group = block = None   # all that hold weights: two models may not fit
         model, best = base(), out / "adapter-best"
         method, _ = checkpoint.load_adapter(model, best, args.method)
-        with new_directory(out / "adapter") as part:
-            shutil.copytree(best, part, dirs_exist_ok=True)
+        run.select()
         summary["selected"] = summary["best"]
         print(f"selected: the adapter of step {summary['best']['step']}, the best on the validation rows")
-    summary |= measure("after", args, model, tokenizer, task, sets, out)
+    summary |= measure("after", args, model, tokenizer, task, sets, run)
+    if not run.first:               # of several processes one does the rest
+        return
     show(out, sets)
     if absent:
         summary["absent"] = absent
