@@ -53,6 +53,7 @@ def table(sweep, configs, args, equal_time=False):
     in equal time, too}, and the env of a run.
     """
     seeds, rates = [42 + i for i in range(args.seeds)], args.rates.split(",")
+    args.steps, args.common = args.steps or STEPS, args.common or BUNDLED
     results = sweep([flags(words, args.steps, args.common, lr=lr, seed=42)
                      for words, _ in configs.values() for lr in rates])
     found, env = iter(results), next(result["env"] for result in results if "env" in result)

@@ -11,7 +11,7 @@ from analyze import error_curves, panels
 from diagnostics import NULLS, gfa_errors, lora_errors
 from structure import load, minus, show, text, told, train
 
-BUDGETS = [float(x) for x in accuracy.BUDGETS]      # multiples of LoRA's parameters at rank 1
+BUDGETS = [0.3, *map(float, accuracy.RANKS)]        # multiples of LoRA's parameters at rank 1
 HEAD = ["left of ‖ΔW‖²", *(f"at {x:g}" for x in BUDGETS)]
 
 

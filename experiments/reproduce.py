@@ -18,6 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import accuracy
+import blocks
+import global_order
+import regions
 import structure
 from sweep import ROOT, Sweep
 
@@ -26,15 +29,16 @@ SMALL = dict(
     anchors=(accuracy.anchors, "GFA Fig. 2: GFA, LoRA and DoRA over budgets"),
     k=(accuracy.k, "GraLoRA Fig. 8 (a): k at two ranks"),
     spectra=(structure.spectra, "G-LoRA Table 8, CPS-LoRA Figs. 4, 7: singular spectra, effective ranks"),
-    rank=(structure.rank, "GraLoRA Table 4: algebraic ranks"),
-    angles=(structure.angles, "CPS-LoRA Fig. 5: angles between blocks"),
-    blocks=(structure.blocks, "CPS-LoRA Figs. 2 (c), 6: blocks against a global low rank"),
-    partition=(structure.partition, "CPS-LoRA Tables 5, 6: how features are clustered"),
-    importance=(structure.importance, "G-LoRA Table 4: importance scores"),
-    ends=(structure.ends, "G-LoRA Tables 6, 7: which triplets start the adapters, and how often"),
-    gradients=(structure.gradients, "GraLoRA Figs. 3, 4, 6, 9: a planted outlier channel"),
-    outlook=(structure.outlook, "GFA Prop. 3.2: budgeted errors of a full update"),
-    permute=(structure.permute, "GFA §7: the order of coordinates"))
+    rank=(blocks.rank, "GraLoRA Table 4: algebraic ranks"),
+    angles=(blocks.angles, "CPS-LoRA Fig. 5: angles between blocks"),
+    blocks=(blocks.blocks, "CPS-LoRA Figs. 2 (c), 6: blocks against a global low rank"),
+    partition=(blocks.partition, "CPS-LoRA Tables 5, 6: how features are clustered"),
+    importance=(regions.importance, "G-LoRA Table 4: importance scores"),
+    ends=(regions.ends, "G-LoRA Tables 6, 7: which triplets start the adapters, and how often"),
+    gradients=(blocks.gradients, "GraLoRA Figs. 3, 4, 6, 9: a planted outlier channel"),
+    outlook=(global_order.outlook, "GFA Prop. 3.2: budgeted errors of a full update"),
+    permute=(global_order.permute, "GFA §7: the order of coordinates"))
+STEMS = dict(gradients="gradients-planted")         # gradients.py writes gradients.md
 
 
 def slug(words):
@@ -87,14 +91,16 @@ def find(name):
 def run(name, args):
     """Runs a small name, writes its three files."""
     given = [f"--{flag} {vars(args)[flag]}" for flag in ("model", "task", "data") if vars(args)[flag]]
-    args.common = " ".join([args.common or ("" if args.model else accuracy.BUNDLED), *given]).strip()
+    if given:
+        args.common = " ".join([*filter(None, [args.common]), *given])
     made = SMALL[name][0](Sweep(args.jobs, args.cache), args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    stem = f"{name}-{Path(args.model).name}" if args.model else name
+    stem = f"{name}-{Path(args.model).name}" if args.model else STEMS.get(name, name)
     words = "\n".join([f"# {name}: {SMALL[name][1]}", "", *made["words"]])
     (out / f"{stem}.md").write_text(words + "\n", encoding="utf-8")
-    (out / f"{stem}.json").write_text(json.dumps(rounded(made["data"]), indent=1) + "\n", encoding="utf-8")
+    numbers = json.dumps(rounded(made["data"])).replace("}, ", "},\n")
+    (out / f"{stem}.json").write_text(numbers + "\n", encoding="utf-8")
     if made.get("draw"):
         try:
             made["draw"](out / f"{stem}.png")
@@ -106,7 +112,7 @@ def run(name, args):
 def rounded(found):
     """Floats to five digits; infinity, which JSON has not, as null."""
     if isinstance(found, dict):
-        return {key: rounded(value) for key, value in found.items()}
+        return {str(key): rounded(value) for key, value in found.items()}
     if isinstance(found, (list, tuple)):
         return [rounded(value) for value in found]
     if isinstance(found, float):
@@ -120,7 +126,7 @@ def main(argv=None):
     p.add_argument("--list", action="store_true", help="show all names")
     p.add_argument("--seeds", type=int, default=5, help="42, 43, ..")
     p.add_argument("--jobs", type=int, default=2, help="runs at once")
-    p.add_argument("--steps", type=int, default=accuracy.STEPS, help="of each run")
+    p.add_argument("--steps", type=int, help=f"of each run; default: {accuracy.STEPS}, some more")
     p.add_argument("--rates", default=",".join(accuracy.RATES), help="grid of learning rates")
     p.add_argument("--methods", default=",".join(accuracy.METHODS), help="of main; held against the first")
     p.add_argument("--model", help="of main: in place of the bundled one, with --task and --data")
