@@ -139,7 +139,7 @@ if __name__ == "__main__":
     for name in names:
         found = mutants(source := (file := ROOT / f"{name}.py").read_text(encoding="utf-8"), file)
         stages = [" ".join(f"tests/test_{test}.py" for test in tests.split()) + f" -k {name}" for tests in (
-            f"vectors {name}", "methods", "train resume checkpoint export presets")]
+            f"vectors {name}", "methods", "train resume checkpoint export")] + ["tests/test_presets.py"]
         assert judge(file, compile(source, file, "exec"), stages) == "survived", f"a test of {name} fails"
         for line, what in random.Random(0).sample(list(found), len(found)):
             if (name, line, what) not in known:

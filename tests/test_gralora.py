@@ -350,12 +350,6 @@ def test_in_bf16_the_output_is_the_exact_one_but_for_the_roundings_on_the_way(hy
     assert y.dtype == torch.bfloat16 and ((y.double() - exact).abs() <= 8 * u * size).all()
 
 
-def test_the_expanded_b_is_laid_out_along_the_outputs():
-    ours = layer(2)
-    _, B = gralora.expand(ours.lora_A, ours.lora_B, gralora.contiguous(24, 2), gralora.contiguous(36, 2), 2)
-    assert B.T.is_contiguous()
-
-
 def test_factors_are_no_part_of_a_graph():
     model = nn.Sequential(layer(2, 2))
     assert not any(f.requires_grad for f in gralora.factors(model)["0"])
