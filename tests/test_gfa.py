@@ -646,3 +646,48 @@ def test_a_second_derivative_is_refused_not_wrong():
     dx, = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+# ---------------------------------------------------------------------- devices, dtypes, what is refused
+
+def test_a_target_is_a_linear_and_no_other_module_of_that_name():
+    model = nn.ModuleDict(dict(a=nn.ModuleDict(dict(proj=nn.Embedding(20, 24))), proj=nn.Linear(20, 24)))
+    gfa.inject(model, ("proj",), 4)
+    assert type(model["a"]["proj"]) is nn.Embedding and type(model["proj"]) is gfa.GFALinear
+    with pytest.raises(ValueError, match="target 'a.proj' matches no nn.Linear"):
+        gfa.inject(nn.ModuleDict(dict(a=model["a"])), ("a.proj",), 4)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -0.02, float("nan")])
+def test_a_sigma_that_is_not_above_0_is_refused(sigma):
+    with pytest.raises(ValueError, match=f"sigma {sigma}, expected above 0"):
+        gfa.inject(Net(), NAMES, 2, sigma=sigma)
+
+
+def test_train_without_an_argument_is_training():
+    _, model = injected()
+    assert model.layers[0].eval().train().training and not model.layers[0].train(False).training
+
+
+def test_one_tensor_that_counts_no_writes_is_enough_to_keep_nothing():
+    model, x = nn.Sequential(nn.Linear(24, 24)), torch.randn(6, 24)
+    gfa.inject(model, ("0",), 2)
+    layer = model.eval()[0]
+    with torch.inference_mode():
+        model.adapter.lora_B = nn.Parameter(torch.randn_like(model.adapter.lora_B), requires_grad=False)
+        assert [t.is_inference() for t in (layer.base.weight, model.adapter.lora_B)] == [False, True]
+        want = F.linear(x, layer.base.weight + layer.delta(), layer.base.bias)
+        torch.testing.assert_close(layer(x), want)
+    assert layer.kept is False
+
+
+def test_what_is_kept_holds_the_memory_that_it_was_formed_from():
+    _, model = injected()
+    layer = model.eval().layers[0]
+    with torch.no_grad():
+        layer(torch.randn(5, 7).double())
+    sources = layer.base.weight, *model.adapter.parameters()
+    before = [t.data_ptr() for t in sources]
+    for t in sources:
+        t.data = t.data.clone()
+    assert [t.data_ptr() for t in layer.kept[1]] == before != [t.data_ptr() for t in sources]

@@ -688,10 +688,13 @@ def test_a_stage_of_another_model_is_refused():
     for key, value, message in (
             ("fixed_A", A[:, :5], "tensors 0.lora_fixed_A and _B are missing or not for 48 x 40"),
             ("fixed_B", None, "tensors 0.lora_fixed_A and _B are missing"), ("fixed_B", B[1:], "tensors 0"),
+            ("fixed_A", None, "tensors 0.lora_fixed_A and _B are missing"),
             ("fixed_A", torch.tensor(1.0), "tensors 0.lora_fixed_A"),
             ("fixed_B", torch.tensor(1.0), "tensors 0.lora_fixed_A"), ("fixed_B", B[:, 1:], "tensors 0"),
             ("rows", rows + 40 - rows.max(), "tensor 0.lora_rows, expected distinct, below 40"),
             ("rows", rows - 40, "tensor 0.lora_rows"), ("rows", rows * 0, "tensor 0.lora_rows"),
+            ("rows", torch.cat((rows[1:], rows[:1] - 40)), "tensor 0.lora_rows"),
+            ("rows", torch.tensor(40), "tensor 0.lora_rows, expected distinct, below 40"),
             ("columns", tensors["0.lora_columns"][:0], "tensor 0.lora_columns")):
         with pytest.raises(ValueError, match=message):
             glora.restore(injected(48, 40, 8)[0], tensors | {f"0.lora_{key}": value})
@@ -808,3 +811,80 @@ def test_dropout_never_reaches_the_frozen_weight_at_any_stage():
         stage(model, optimizer)
         glora.reinit(model, optimizer)
     assert kinds == {True, False}
+
+
+# ---------------------------------------------------------------------- devices, dtypes, what is refused
+
+def test_a_target_is_a_linear_and_no_other_module_of_that_name():
+    model = nn.ModuleDict(dict(a=nn.ModuleDict(dict(proj=nn.Embedding(20, 24))), proj=nn.Linear(20, 24)))
+    glora.inject(model, ("proj",), 4)
+    assert type(model["a"]["proj"]) is nn.Embedding and hasattr(model["proj"], "delta")
+    with pytest.raises(ValueError, match="target 'a.proj' matches no nn.Linear"):
+        glora.inject(nn.ModuleDict(dict(a=model["a"])), ("a.proj",), 4)
+
+
+@pytest.mark.parametrize("dropout", [1.0, 1.5, -0.1])
+def test_a_dropout_below_0_or_of_1_is_refused(dropout):
+    with pytest.raises(ValueError, match=f"dropout {dropout}, expected 0 <= dropout < 1"):
+        glora.inject(nn.Sequential(nn.Linear(20, 24)), ("0",), 4, dropout=dropout)
+
+
+def test_under_autocast_the_output_has_its_dtype_bias_and_all():
+    model, x = nn.Sequential(nn.Linear(20, 24)), torch.randn(5, 20)
+    glora.inject(model, ("0",), 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+
+
+def test_all_that_is_made_lies_on_the_device_of_the_weights():
+    model = nn.Sequential(nn.Linear(40, 48).double()).to("meta")
+    glora.inject(model, ("0",), 8)
+    assert all(t.is_meta for t in (*model.state_dict().values(), *model[0].total(), model[0].delta()))
+
+
+def test_factors_are_no_part_of_a_graph():
+    model, _, _ = injected()
+    assert not any(f.requires_grad for f in glora.factors(model)["0"])
+
+
+@pytest.mark.parametrize("side", "AB")
+def test_a_step_in_which_one_side_alone_has_a_gradient_adds_nothing(side):
+    model, optimizer, _ = injected(32, 48, 4)
+    layer = model[0]
+    model(torch.randn(6, 48).double()).square().sum().backward()
+    glora.observe(model, 1, 2)
+    before = [score.clone() for score in layer.scores]
+    getattr(layer, f"lora_local_{side}").grad = None
+    glora.observe(model, 2, 2)
+    assert all(map(torch.equal, layer.scores, before))
+
+
+def test_a_feature_without_a_gradient_scores_0_and_the_others_are_scored():
+    """One input that is always 0 must not send the whole layer to the cut by magnitude, with its warning."""
+    model, optimizer, _ = injected(32, 48, 4)
+    layer, x = model[0], torch.randn(6, 48).double()
+    x[:, 7] = 0
+    model(x).square().sum().backward()
+    glora.observe(model, 1, 1)
+    best = [glora.most_important(score, dim).tolist() for dim, score in enumerate(layer.scores)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        glora.reinit(model, optimizer)
+    assert [layer.lora_rows.tolist(), layer.lora_columns.tolist()] == best and 7 not in best[0]
+
+
+def test_the_products_run_along_the_outputs_and_the_start_is_laid_out_by_rows():
+    """As GraLoRA's: a CPU is slow where a thin factor lies along its rank."""
+    model, kept = injected()[0], []
+    A, B = glora.balanced(*glora.exact_svd(torch.randn(20, 24), torch.arange(3)))
+    assert A.is_contiguous() and B.shape == (20, 3)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(torch.randn(5, 24).double())
+    B, = (t for t in kept if sorted(t.shape) == [4, 20])
+    assert B.stride(B.shape.index(20)) == 1
+
+
+def test_what_is_kept_of_the_pretrained_weight_is_a_copy_without_a_gradient():
+    model, _, W = injected()
+    kept = model[0].pretrained
+    assert torch.equal(kept, W) and not kept.requires_grad and not kept.is_set_to(model[0].base.weight)
