@@ -20,7 +20,7 @@ import runs
 
 
 class Run(runs.Run):
-    signal = 0      # one that all know of, while `asked` is this process's
+    signal = 0      # the last all-reduce's, known to all; `asked` is this process's own
 
     def check(self):
         """Joins the others; who waits for one of them for half an hour ends with an error."""

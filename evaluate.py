@@ -40,8 +40,8 @@ def eval_mode(model):
 @torch.no_grad()
 def nll(model, examples):
     """
-    Of each example its negative log-likelihood (nats, summed) and how many tokens or labels that sums; of a
-    list of examples, whose common beginning is computed once, a list.
+    [(nats, count)]: of each example its negative log-likelihood, summed over `count` tokens or labels. In the
+    place of an example a list of some with a common beginning, computed once: then a list of such pairs.
     """
     lists, out = [e if isinstance(e, list) else [e] for e in examples], [None] * len(examples)
     for batch in batches([sum(len(ids) for ids, _ in several) for several in lists]):
@@ -50,6 +50,7 @@ def nll(model, examples):
             check_finite(model, losses, [examples[i] for i in batch])
         parts = iter(losses.split([model.supervised(example) for i in batch for example in lists[i]]))
         for i in batch:
+            # parts second: zip takes no more of it than lists[i] has
             found = [(part.sum().item(), len(part)) for _, part in zip(lists[i], parts)]
             out[i] = found if isinstance(examples[i], list) else found[0]
     return out
@@ -82,9 +83,12 @@ def predict(model, examples):
 
 
 def likelihoods(model, tokenizer, rows, room=0):
-    """nll of the rows' outputs; {row number: the choice whose text has the least loss} where it has any."""
+    """
+    nll of the rows' outputs; {row number: the choice whose text has the least loss, summed and not by token}
+    where it has any. room: of tokens, left for what is generated, so that prompts are cut alike.
+    """
     losses = nll(model, [[text.example(tokenizer, row, words, room) for words in (None, *choices.values())]
-                         for row in rows for choices in (row.get("choices", {}),)])     # None: its output
+                         for row in rows for choices in (row.get("choices", {}),)])     # None: the row's output
     best = {i: min(zip(found[1:], rows[i]["choices"]))[1] for i, found in enumerate(losses) if found[1:]}
     return [right for right, *_ in losses], best
 

@@ -66,7 +66,7 @@ def parse(argv):
         p.set_defaults(**defaults)
         lr_from = whose if "lr" in defaults else lr_from
     args = p.parse_args(argv)
-    bare = argparse.Namespace(**dict.fromkeys(flags))       # where a default would not be put
+    bare = argparse.Namespace(**dict.fromkeys(flags))   # argparse puts no default over what is there already
     args.typed = sorted(flag for flag, value in vars(p.parse_args(argv, bare)).items() if value is not None)
     args.lr_from = "the command line" if "lr" in args.typed else lr_from
     if "epochs" in args.typed and "max_steps" not in args.typed:
@@ -224,10 +224,11 @@ def make_optimizer(method, args, params):
 
 def backward(model, batch, micro_batch_size):
     """
-    Adds the gradient of a batch's loss -> (the loss, tokens seen): the mean over all supervised tokens, or
-    labels, of the whole batch, so micro-batches of any size add up to the same but for rounding and dropout.
+    Adds the gradient of a batch's loss -> (the loss, tokens seen): summed over its supervised tokens,
+    or labels, and divided by their number in the whole batch, so that micro-batches of any size add up to
+    the same but for rounding and dropout.
     """
-    count, total = sum(map(model.supervised, batch)), 0.0           # supervised: how many losses one has
+    count, total = sum(map(model.supervised, batch)), 0.0     # supervised: how many tokens or labels count
     for i in range(0, len(batch), micro_batch_size):
         loss = model.losses(batch[i:i + micro_batch_size]).sum() / count
         loss.backward()
@@ -254,7 +255,7 @@ def adapt(args, method, model):
     targets = targets_of(model, args.targets)
     own = {name: getattr(args, name) for name in method.DEFAULTS}
     method.inject(model, targets, args.rank, args.alpha, args.dropout, **own)
-    if own.get("match_lora"):                   # GFA: a budget that chose the rank
+    if own.get("match_lora"):                   # GFA: inject chose the rank that costs what LoRA's does
         args.rank = len(model.adapter.lora_A)
         print(f"match_lora {own['match_lora']:g}: rank {args.rank}")
     if model.TRAINED_HEAD:                      # trains beside any adapter and, as adapters do, in fp32
@@ -303,16 +304,16 @@ def measure(when, args, model, tokenizer, task, sets, run):
     table = evaluate_sets(model, tokenizer, task, sets, name_file, rule=args.rule, share=run.share,
                           execute=args.allow_code_execution and run.first)
     found = {when: table.pop("main", {}), f"loss_{when}": table.pop("loss")["mean"]}
-    if "majority" in table:                     # the task's score has it where it means something
+    if "majority" in table:                     # the score of the commonest answer to every row
         found["majority"] = table.pop("majority")
     metrics = {tasks.metric_of(task, name) for name in sets}
-    if len(metrics) == 1:                       # then that metric is "main" once more
+    if len(metrics) == 1:                       # of all sets: these are the numbers of "main" once more
         table.pop(metrics.pop(), None)
     return found | {f"{when}_{name}": values for name, values in table.items()}
 
 
 def validate(model, examples, step, summary, run, record):
-    """The validation loss, into the summary; the adapter with the least so far is kept as adapter-best."""
+    """The validation loss, into the summary: last, the latest, and best, whose adapter is adapter-best."""
     losses = run.share(lambda some: nll(model, some), examples) if run.share else nll(model, examples)
     last = summary["last"] = dict(step=step, loss_val=mean_loss(losses))
     print(f"step {step}: validation loss {last['loss_val']:.4f}", flush=True)
@@ -327,7 +328,7 @@ def main(argv=None):
     if "LOCAL_RANK" in os.environ:      # torchrun's: this is one of several processes
         import distributed
         run = distributed.Run(args)
-    with run:                           # which listens to signals; its lock ends here
+    with run:       # Ctrl-C and SIGTERM set run.signal, which the loop reads; in the end out_dir is unlocked
         try:
             train(args, method, run)
         except torch.OutOfMemoryError:
@@ -338,8 +339,8 @@ def main(argv=None):
 
 
 def train(args, method, run):
-    try:        # all at which bad input can fail; claim and load, the last, are the first to write
-        run.check()
+    try:        # bad input fails in here, in one line; nothing is written before run.claim
+        run.check()         # are out_dir and --resume usable?
         task, args.task, names = tasks.find_task(args.task)
         sets, absent = tasks.test_rows(task, names, args.data, args.eval_limit)
         rows = tasks.train_rows(task, args.data, args.task, args.mix, exact="mix" in args.typed)
@@ -354,7 +355,7 @@ def train(args, method, run):
         tasks.check_kind(model, task)
         tokenizer = text.Tokenizer(args.model, model.cfg)
         examples, cut = text.encode(tokenizer, rows, args.max_len, args.train_on_prompt)
-        held = set(order(args.seed, 2**32 - 1, len(rows))[:args.val_rows].tolist())     # no run's epoch
+        held = set(order(args.seed, 2**32 - 1, len(rows))[:args.val_rows].tolist())     # an epoch never reached
         held_out = [example for i, example in enumerate(examples) if i in held]
         examples = [example for i, example in enumerate(examples) if i not in held]
         epoch_steps = math.ceil(len(examples) / args.batch_size)
@@ -362,7 +363,9 @@ def train(args, method, run):
         reinits = reinit_steps(args.reinit_every, args.reinit_at, steps, epoch_steps)
         # synchronize returns None, so `or` goes on: a GPU's calls return before their work is done.
         clock = lambda: device.type == "cuda" and torch.cuda.synchronize(device) or time.perf_counter()
-        began, record, injected = clock(), adapt(args, method, model), clock()
+        began = clock()
+        record = adapt(args, method, model)     # injects the method; record: what adapter.json says of it
+        inject_seconds = clock() - began
         record["template"] = "prompt" not in rows[0]        # else the prompts are the file's own
         optimizer = make_optimizer(method, args, [p for p in model.parameters() if p.requires_grad])
         now = time.strftime("%Y%m%d-%H%M%S")
@@ -374,7 +377,7 @@ def train(args, method, run):
     run.agree(model)        # what several processes injected is the same; of one this does nothing
     trainable = describe(args, method, model, examples, cut, steps, epoch_steps)
     summary = dict(task=args.task, method=args.method, rank=args.rank, trainable=trainable, steps=steps,
-                   inject_seconds=injected - began, reinit_seconds=[])
+                   inject_seconds=inject_seconds, reinit_seconds=[])
     summary |= resumed.get("summary", {})
     started = time.perf_counter() - resumed.get("seconds", 0)
     if (args.reinit_every or args.reinit_at) and not reinits:
@@ -402,7 +405,7 @@ def train(args, method, run):
             shuffled = order(args.seed, epoch, len(examples))
         chosen = shuffled[position * args.batch_size:(position + 1) * args.batch_size]
         batch = [examples[i] for i in chosen]
-        loss, seen = (run.backward or backward)(model, batch, args.micro_batch_size)    # run's: of several
+        loss, seen = (run.backward or backward)(model, batch, args.micro_batch_size)    # run's: torchrun
         if hasattr(method, "observe"):      # sees the gradients before they are checked or clipped
             method.observe(model, step, steps)
         # Collected anew every step: reinit may replace parameters in the optimizer's groups.
@@ -416,7 +419,7 @@ def train(args, method, run):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         optimizer.step()
         optimizer.zero_grad()
-        if step in reinits:         # after the step: validation and saves see the new factors
+        if step in reinits:         # the schedule goes on; the method drops what of the optimizer's is stale
             reinit_began = clock()
             method.reinit(model, optimizer)
             summary["reinit_seconds"].append(clock() - reinit_began)
@@ -437,15 +440,15 @@ def train(args, method, run):
         if step == steps or run.signal or (args.save_steps and step % args.save_steps == 0):
             nll(model, batch)       # FloatingPointError if this step broke the model: the last save stays
             run.write_adapter("adapter", model, record)
-            if args.save_steps or run.signal:       # else no state to resume; on a signal save ends the run
+            if args.save_steps or run.signal:       # after a signal save does not return: the run ends here
                 run.save(model, optimizer, summary=summary, seconds=time.perf_counter() - started,
                          pace=[[sum(column) for column in zip(*pace)]])
 
-    if args.select == "best":               # on a fresh base, as a method may have rewritten this one
+    if args.select == "best":               # on a fresh base: inject or reinit may have rewritten this one
         model = optimizer = params = group = block = None   # all that hold weights: two models may not fit
         model, best = base(), out / "adapter-best"
         method, _ = checkpoint.load_adapter(model, best, args.method)
-        run.select()
+        run.select()                        # adapter-best takes the place of adapter
         summary["selected"] = summary["best"]
         print(f"selected: the adapter of step {summary['best']['step']}, the best on the validation rows")
     summary |= measure("after", args, model, tokenizer, task, sets, run)
