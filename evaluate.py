@@ -88,7 +88,7 @@ def likelihoods(model, tokenizer, rows, room=0):
     where it has any. room: of tokens, left for what is generated, so that prompts are cut alike.
     """
     losses = nll(model, [[text.example(tokenizer, row, words, room) for words in (None, *choices.values())]
-                         for row in rows for choices in (row.get("choices", {}),)])     # None: the row's output
+                         for row in rows for choices in (row.get("choices", {}),)])     # None: its output
     best = {i: min(zip(found[1:], rows[i]["choices"]))[1] for i, found in enumerate(losses) if found[1:]}
     return [right for right, *_ in losses], best
 

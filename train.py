@@ -355,7 +355,7 @@ def train(args, method, run):
         tasks.check_kind(model, task)
         tokenizer = text.Tokenizer(args.model, model.cfg)
         examples, cut = text.encode(tokenizer, rows, args.max_len, args.train_on_prompt)
-        held = set(order(args.seed, 2**32 - 1, len(rows))[:args.val_rows].tolist())     # an epoch never reached
+        held = set(order(args.seed, 2**32 - 1, len(rows))[:args.val_rows].tolist())     # no epoch of a run
         held_out = [example for i, example in enumerate(examples) if i in held]
         examples = [example for i, example in enumerate(examples) if i not in held]
         epoch_steps = math.ceil(len(examples) / args.batch_size)
