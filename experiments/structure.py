@@ -102,7 +102,8 @@ def text(args, *parts, verdict):
 
 def rows_table(rows, keys, loss=False):
     """A line a row: re-inits, rate, measures and nulls; loss of validation rows, and minus the first's."""
-    kinds = [(key, kind) for key in keys for kind in NULLS if key not in SPECTRAL or kind != "random"]
+    kinds = [(key, kind) for key in keys for kind in NULLS if any(key in row[kind] for row in rows.values())
+             and (key not in SPECTRAL or kind != "random")]
     heads = [COLUMNS.get(key, key) if kind == "update" else kind for key, kind in kinds]
     lines = [["row", "re-inits", "rate", *heads, *["loss", "minus the first's"] * loss]]
     for label, row in rows.items():
