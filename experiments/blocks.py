@@ -74,7 +74,9 @@ def partition(sweep, args):
     pairs += [(f"cosine, {LONG} steps", f"{other}, {LONG} steps") for other in ("random", "none")]
     verdict = [above(rows, key, *pair) for key in STAGE[:2] for pair in pairs if pair[0] in rows]
     return result(args, rows, verdict, rows_table(rows, STAGE[:1], loss=True), rows_table(rows, STAGE[1:]),
-                  "EBER, angle and contrast are of the last stage.", keys=STAGE)
+                  "EBER, angle and contrast are of the last stage. Angles of unequal clusters (spectral) are "
+                  "not to be compared with the others': a small cluster's vectors span much of its space.",
+                  keys=STAGE)
 
 
 def block_error(M, rows, columns, rank):

@@ -102,7 +102,8 @@ def text(args, *parts, verdict):
 
 def rows_table(rows, keys, loss=False):
     """A line a row: re-inits, rate, measures and nulls; loss of validation rows, and minus the first's."""
-    kinds = [(key, kind) for key in keys for kind in NULLS if key not in SPECTRAL or kind != "random"]
+    kinds = [(key, kind) for key in keys for kind in NULLS if any(key in row[kind] for row in rows.values())
+             and (key not in SPECTRAL or kind != "random")]
     heads = [COLUMNS.get(key, key) if kind == "update" else kind for key, kind in kinds]
     lines = [["row", "re-inits", "rate", *heads, *["loss", "minus the first's"] * loss]]
     for label, row in rows.items():
@@ -117,7 +118,7 @@ def rows_table(rows, keys, loss=False):
 def draw_rows(rows, keys, file):
     """A panel a measure: of each row mean and interval, beside its nulls'; far off, as ranks', in words."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(5 * len(keys), 1 + 0.4 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(5 * len(keys), 1.5 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots(1, len(keys), squeeze=False, sharey=True)[0]
     for ax, key in zip(axes, keys):
         for n, (kind, colour) in enumerate(LINES.items()):
@@ -128,9 +129,9 @@ def draw_rows(rows, keys, file):
                 ax.plot([], [], label=f"shuffled: {min(mean):.0f} to {max(mean):.0f}", color=colour)
             elif found:
                 ax.errorbar(mean, y, xerr=half, fmt="o", markersize=4, color=colour, label=kind)
-        ax.set(xlabel=COLUMNS.get(key, key), yticks=range(len(rows)), yticklabels=rows)
-        ax.legend(fontsize="small")
-    axes[0].invert_yaxis()
+        ax.set(xlabel=COLUMNS.get(key, key), yticks=range(len(rows)), yticklabels=rows,
+               ylim=(len(rows) - 0.3, -0.5))
+        ax.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     figure.savefig(file, dpi=80)
 
 

@@ -203,3 +203,15 @@ def test_a_name_gives_words_numbers_and_a_picture(name, jobs, tmp_path, monkeypa
     pytest.importorskip("matplotlib")
     found["draw"](tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_gradients_are_the_planted_ones_of_gradients_py(tmp_path):
+    """No run of train.py; the outlier reaches all of LoRA, and of a grid the blocks that see it."""
+    found = blocks.gradients(None, None)
+    assert len(found["data"]["subjects"]) == 1 and len(found["data"]["subjects"][0]["rows"]) == 32
+    verdict = {one["claim"].partition(":")[0]: one["verdict"] for one in found["data"]["verdict"]}
+    assert verdict["r = 128, outside"] == "held" and len(verdict) == 3
+    assert json.dumps(found["data"]) and "planted: 256 x 256" in "\n".join(found["words"])
+    pytest.importorskip("matplotlib")
+    found["draw"](tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").is_file()
