@@ -141,7 +141,7 @@ def main(sweep, args):
     methods, equal = args.methods.split(","), {} if args.model else EQUAL
     words = {m: (" ".join(filter(None, [f"--method {m}", STAGES.get(m), equal.get(m)])), methods[0])
              for m in methods}
-    return result(table(sweep, words, args, equal_time=not args.model), args)
+    return result(table(sweep, words, args, args.equal_time), args)
 
 
 def anchors(sweep, args):

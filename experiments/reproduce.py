@@ -25,7 +25,7 @@ import structure
 from sweep import ROOT, Sweep
 
 SMALL = dict(
-    main=(accuracy.main, "all methods and baselines at LoRA's parameters and in LoRA's time"),
+    main=(accuracy.main, "all methods and baselines at LoRA's parameters"),
     anchors=(accuracy.anchors, "GFA Fig. 2: GFA, LoRA and DoRA over budgets"),
     k=(accuracy.k, "GraLoRA Fig. 8 (a): k at two ranks"),
     spectra=(structure.spectra, "G-LoRA Table 8, CPS-LoRA Figs. 4, 7: singular spectra, effective ranks"),
@@ -128,6 +128,8 @@ def main(argv=None):
     p.add_argument("--jobs", type=int, default=2, help="runs at once")
     p.add_argument("--steps", type=int, help=f"of each run; default: {accuracy.STEPS}, some more")
     p.add_argument("--rates", default=",".join(accuracy.RATES), help="grid of learning rates")
+    p.add_argument("--equal_time", action="store_true",
+                   help="main once more in the first method's time; on an idle machine, with --jobs 1")
     p.add_argument("--methods", default=",".join(accuracy.METHODS), help="of main; held against the first")
     p.add_argument("--model", help="of main: in place of the bundled one, with --task and --data")
     p.add_argument("--task")

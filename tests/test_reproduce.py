@@ -173,7 +173,8 @@ def test_any_changed_or_renamed_file_gives_another_hash(tmp_path):
 def test_main_in_earnest_is_resumed_from_what_is_kept(tmp_path, capsys):
     """Two rates, of which one diverges, and another seed: three runs; the second time none."""
     argv = ["main", "--seeds", "2", "--steps", "4", "--jobs", "1", "--methods", "glora", "--rates",
-            "1e-3,1e25", "--common", TINY, "--cache", str(tmp_path / "runs"), "--out", str(tmp_path)]
+            "1e-3,1e25", "--equal_time", "--common", TINY, "--cache", str(tmp_path / "runs"), "--out",
+            str(tmp_path)]
     reproduce.main(argv)
     found = json.loads((tmp_path / "main.json").read_text())
     assert found["rows"]["glora"]["reinits"] == [3, 3] and found["rows"]["glora"]["grid"]["1e25"] is None
