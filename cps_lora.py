@@ -4,11 +4,11 @@ CPS-LoRA: Localized Low-Rank Adaptation within Clustered Parameter Subspaces (Xi
 
 Like GraLoRA a k x k grid of local low-rank pairs with LoRA's parameter count, but the blocks are
 clusters of rows and of columns, and they move. Training runs in stages: after each, the update is
-merged, its rows and its columns are clustered by likeness, and new pairs start on the new blocks:
-rows that are alike are well fitted at low rank, and the ranks p of orthogonal blocks, which have
-A_lᵀ A_m = B_l B_mᵀ = 0 for all l ≠ m, add up to k r (Prop. 2). The first blocks are random: ΔW is 0
-then, there is nothing to sort. A stage needs time: its B starts at 0 and its Adam moments empty,
-and the learning rate, which goes on as scheduled, is not warmed up again.
+kept, its rows and its columns are clustered by likeness, and new pairs start on the new blocks.
+Rows that are alike are well fitted at low rank. And the ranks p of blocks add up to k r if they are
+orthogonal, A_lᵀ A_m = B_l B_mᵀ = 0 for l ≠ m (Prop. 2): sufficient, and not enforced. The first
+blocks are random: ΔW is 0 then, there is nothing to sort. A stage needs time: its
+B starts at 0, its Adam moments empty, and the learning rate, as scheduled, is not warmed up again.
 
     W_t = W_{t-1} + ΔW_{t-1},  ΔW[I_n, J_j] = A_l B_l,  n, j = 1..k,  l = n + k (j - 1)   (Eq. 10)
 
@@ -29,7 +29,7 @@ For k = 2, with the features in clustered order, so that I_1, I_2 and J_1, J_2 c
 So A's rank axis is (output cluster j, p), B's is (input cluster n, p): LoRA's shapes, however large
 each cluster is (App. D). lora_B @ lora_A would pair row group j of A with column group j of B, but
 that group is an input cluster. expand() therefore gives each pair (n, j) its own p of the inner
-axis, k² p = k r in all, and zeros elsewhere. The paper permutes, W excepted (App. K.2):
+axis, k² p = k r in all, zeros elsewhere. The paper permutes x and the update's output (App. K.2):
 y = x W + (x[:, π_r] A B)[:, π_c⁻¹], A B block by block: the same function. In stage t ours takes
 2 t k r (i + o) FLOPs a token, t k times LoRA's: t times 1.6 % of W's 2 i o (2048², r = 8, k = 2).
 
@@ -47,8 +47,8 @@ steps. The paper's 2 epochs are two stages, one re-init; Table 6 is `--epochs 1 
 
 Differs from the paper: Alg. 1's line 6, W_t ← (W_{t-1} + ΔW_{t-1})[π_r, :][:, π_c], writes no
         weight, as bf16 would round a small ΔW away. W stands until merge(), and the ended stages'
-        factors run beside the live ones: the same function in every dtype. Time, forward and
-        backward, of a LoRA layer's: 1.03 in the 2nd stage, 1.15 in the 10th (2048²; at 4096² 1.01
+        factors run beside the live ones: the same function in every dtype. Time relative to a LoRA
+        layer's, forward and backward: 1.03 in the 2nd stage, 1.15 in the 10th (2048²; at 4096² 1.01
         and 1.07, by 7 % more FLOPs; r = 8, k = 2, 512 tokens, one core).
     delta() and factors() are of all stages, where Alg. 1 returns the last one's update.
     App. E, corrected (its A, B are App. A's expanded factors, ΔW = A B; r_ref: the reference row of
@@ -86,7 +86,7 @@ import torch.nn.functional as F
 # zero look alike to them, as rows of a block are opposite as often as alike: hence abs-cosine.
 STRATEGIES = ("cosine", "spectral", "spectral-balance1", "spectral-balance2", "random", "none",
               "abs-cosine")
-# k = 2 does best in the paper (Fig. 5): finer blocks differ less. k = 1 is LoRA, with scale 1.
+# k = 2 does best in the paper (Fig. 5): finer blocks differ less. k = 1: LoRA, scale 1, a stage.
 DEFAULTS = {"k": (2, "clusters per side"),
             "strategy": ("cosine", "how the next stage's clusters are found", STRATEGIES),
             "reference": ("longest", "what the cosine is taken with", ("longest", "mean", "first"))}
@@ -219,7 +219,7 @@ class CPSLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(o, rank, **new))
         self.register_buffer("lora_rows", torch.empty(i, dtype=torch.long, device=W.device))
         self.register_buffer("lora_columns", torch.empty(o, dtype=torch.long, device=W.device))
-        self.register_buffer("lora_merged_A", torch.empty(0, i, **new))     # of the stages so far,
+        self.register_buffer("lora_merged_A", torch.empty(0, i, **new))     # of the ended stages,
         self.register_buffer("lora_merged_B", torch.empty(o, 0, **new))     # expanded
         # Alg. 1, line 1: k equal parts of a random order, of the inputs, then of the outputs. It is
         # drawn on the CPU, whose generator gives the same clusters beside any accelerator.
@@ -252,8 +252,8 @@ class CPSLinear(nn.Module):
 
     def forward(self, x):
         # Two products, (..., k r) inside, are faster than Eq. 8's block by block with x and y
-        # permuted, up to k r = 256: 1.0 to 1.3 times a LoRA layer's time, growing with k r, which
-        # is 16 in the header's times, against 1.4 to 1.5 (1st stage, 2048², 512 tokens, 2 cores).
+        # permuted: up to k r = 256 they take 1.0 to 1.3 times a LoRA layer's time, those 1.4 to 1.5
+        # (1st stage, 2048², 512 tokens, 2 cores; the header's times are at k r = 16).
         A, B = (f.to(x.dtype) for f in self.expanded())
         update = F.linear(F.linear(self.dropout(x), A), B)
         if len(self.lora_merged_A):     # ended stages, a part of W_t (Alg. 1, line 6): no dropout
@@ -359,7 +359,7 @@ def factors(model):
 
 @torch.no_grad()
 def restore(model, tensors):
-    """Give a fresh model the saved merged stages; ValueError if one is missing or misfits."""
+    """Give a fresh model the saved ended stages, of which it has none; ValueError at a misfit."""
     for name, layer in layers(model).items():
         A, B = (tensors.get(f"{name}.lora_merged_{x}") for x in "AB")
         o, i = layer.base.weight.shape

@@ -25,7 +25,7 @@ A module of 3 x 4, Δ = [a a a a; b b b b; c c c c], that starts at entry 7 of M
 The idea: the rows of Δ are windows of M that begin at up to k / g columns (2, 1, 0 above), where
 g = gcd(k, q). In an M of rank 1 all rows are multiples of A, yet windows from different columns
 differ. The ends of M's rows cut the windows into (k + q) / g - 1 pieces, or one more if g does not
-divide start; the rows of Δ that have a piece have rank r there. Hence
+divide start; the rows of Δ that have a piece have rank <= r there. Hence
 
     rank(Δ) <= r ((k + q) / g - 1), or r more; and min(p, q)
 
@@ -36,12 +36,14 @@ LoRA's rank is r at most, and modules of rank 1 can make up an M of high rank (�
 Parameters: r (m + k), about 2 r √d, for the whole model: for N equal square modules √N times fewer
     than LoRA's r Σ (p + q) (Eq. 1). q,v of Qwen2.5-3B: 26,067 r, LoRA 230,400 r.
 Cost, T tokens: LoRA adds 6 T r (p + q) FLOPs to a module's step, GFA 2 T p q for the gradient of Δ,
-    as full fine-tuning has it, and 2 r p q each for Δ forward, Δ backward, dB, dA. A step takes 1.5
-    times LoRA's time (2048², 512 tokens, fp32; bf16: 2.9), in SmolLM2-135M 1.37 (fp32, r = 8), and
-    a buffer as large as one weight, while a layer computes.
+    as full fine-tuning has it, and 2 r p q each for Δ forward, Δ backward, dB, dA; on a bf16 base
+    4 T p q more, for a second product. Time: 1.5 times LoRA's step (one 2048² layer, 512 tokens,
+    fp32; bf16: 2.9), 1.37 in SmolLM2-135M (fp32, r = 8), all on a CPU. Memory: while a layer
+    computes, its rows of M in fp32, about a weight; on a bf16 base a narrow copy, too.
 Evaluation: merge(model) before you generate. Unmerged, in eval mode without gradient, a layer keeps
-    W + Δ (bf16: Δ) until train(): the targets twice in memory. A token then costs what it does when
-    merged (bf16: two products), a twelfth of forming Δ anew for it (2048², one core).
+    W + Δ (bf16: Δ) until train(), eval() or a change of A, B, W: the targets twice in memory. A
+    token then costs as if merged (bf16: one product more), and 12 times that where Δ is formed anew
+    for it (2048², one core). Merging rounds W + Δ to W's dtype: in bf16 a small Δ is lost.
 Saved: lora_A and lora_B of model.adapter, r (m + k) numbers, fp32 or wider. Positions are not:
     targets, shapes and order must be the same, for another order loads, and updates other weights.
 Loop: inject; each step backward, optimizer.step, zero_grad; at the end merge. No other hook.
@@ -54,8 +56,8 @@ Left open by the paper:
         rate: LoRA's A has σ = 1/√(3 in), times its scale 2; equals 0.02 at in = 3,333.
     Learning rate, optimizer, batch, epochs: none is printed; 3e-3 is ours, the rest train.py's.
     A budget: match_lora, ours, takes the largest r with r (m + k) <= match_lora · Σ (p + q), that
-        is LoRA's count at r = match_lora. For q,v of Qwen2.5-3B, 8 gives r = 70; 0.3 gives r = 2,
-        0.23x of LoRA r = 1, for the paper's "r = 1/2" anchor: a budget of "roughly 0.3x", no rank.
+        is LoRA's count at r = match_lora. For q,v of Qwen2.5-3B 8 gives r = 70. The paper's
+        "r = 1/2" anchor is no rank, but "roughly 0.3x" of LoRA r = 1: 0.3 gives r = 2, 0.23x.
 Errata: d is 169.9M (Qwen2.5-3B) and 352.3M (LLaMA-3.2-3B), printed 226M and 201M. Table 1's adapter
     FLOPs, 1.00 times LoRA's, cannot hold where Δ is formed.
 """
@@ -91,7 +93,7 @@ def cut(rows, offset, shape):
 
 
 def summed(W, B, A, offset, dtype):
-    """Returns (W + Δ,), or (W, Δ in dtype) if W or, by autocast, B A is narrow: a sum loses Δ."""
+    """(W + Δ,); or (W, Δ in dtype) if W, or B A by autocast, is narrower than A: a sum loses Δ."""
     delta = cut(B @ A, offset, W.shape)                                 # Alg. 1, line 3
     return (delta.add_(W),) if W.dtype == A.dtype == delta.dtype else (W, delta.to(dtype))
 
@@ -159,8 +161,8 @@ class GFALinear(nn.Module):
         k = shared.lora_A.shape[1]
         self.first, self.offset = divmod(start, k)          # row and column of M where Δ begins
         self.last = -(-(start + base.weight.numel()) // k)  # the row after Δ's last row, exclusive
-        # The three again, for rows(), as sizes of a view of one number: symbols to torch.compile,
-        # to which a module's integers are constants: it would compile every layer anew.
+        # torch.compile takes a module's integers as constants, and would compile each layer anew;
+        # sizes of a tensor it does not. So rows() reads the three as sizes of a view of one number.
         self.place = torch.empty(()).expand(self.first, self.last, self.offset)
 
     def rows(self):

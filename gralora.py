@@ -3,11 +3,11 @@ GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning (Jung 
 2025), arXiv 2505.20355. Official code: https://github.com/SqueezeBits/GraLoRA
 
 LoRA's gradient of B, ∂L/∂Y Xᵀ A (Eq. 3; X is (i, tokens), the paper's A our lora_Aᵀ), sums over all
-input channels: one outlier, a channel of far larger activations, reaches every entry of it. Of A's
-gradient it reaches one column, as of W's in full fine-tuning. GraLoRA cuts the update into a k x k
-grid of blocks, each with a low-rank pair of its own: a channel reaches the k pairs of its input
-block, and the gradients of the other k² - k stay as they were (§3.3). A part h of the rank may stay
-plain LoRA, one pair for the whole weight (§3.5).
+input channels: one outlier, a channel of far larger activations, reaches every entry of it. Of the
+gradient of lora_A it reaches one column only, as of W's in full fine-tuning. GraLoRA cuts the
+update into a k x k grid of blocks, each with a low-rank pair of its own: a channel reaches the k
+pairs of its input block; for a given ∂L/∂Y the other k² - k do not see it (§3.3). A part h of the
+rank may stay plain LoRA, one pair for the whole weight (§3.5).
 
     W' = W + (α / r) ([B_jn A_jn] over output blocks j and input blocks n = 1..k  +  B_g A_g)
 
@@ -35,9 +35,10 @@ Cost: 2 r (o + i) FLOPs a token for the update's forward, LoRA's (§3.4). The la
 Which k: a block has only rank p = R / k for its part of ΔW, and with too little it does worse, at
     small r most of all. The paper asks for r / k² ≈ 8 and takes 4 to 8: k = 2 at r = 16, 32, and 4
     at 64, 128 (§3.4). `k=0` gives these, 1 (LoRA) at r = 8. The default is 2 at every rank.
-Which h: up to r / 2 helps where r <= 16, as B_g A_g has rank h all over the weight; at larger r the
-    blocks suffice, B_g's gradient again sums over all input channels, and 0 is better (§3.5, §4.4).
-Saved: the lora_ tensors, fp32 or wider; k, h, rank and α are arguments of inject.
+Which h: where r <= 16, up to r / 2 helps, as blocks of small rank are weak and B_g A_g has rank h
+    all over the weight. At larger r 0 is better: the blocks suffice, and B_g's gradient sums over
+    all input channels, as LoRA's does (§3.5, §4.4).
+Saved: the lora_ tensors, fp32 or wider. To load: first inject with the same arguments.
 Loop: inject; each step backward, optimizer.step, zero_grad; at the end merge. No other hook.
     LionW, batch 192, learning rate 2e-4 to 4e-4 (§4.1, Table 5) are presets.py's, not this file's.
 
@@ -117,7 +118,7 @@ class GraLoRALinear(nn.Module):
     def factors(self):
         """
         A (k R + h, i), B (o, k R + h) of the whole update: Fig. 5, with the scaling in B. For delta
-        and for export as a LoRA: k times as large as what trains, and never formed in forward.
+        and for export as a LoRA: up to k times as large as what trains, never formed in forward.
         """
         (o, i), k, device = self.base.weight.shape, self.k, self.lora_A.device
         in_block, out_block = contiguous(i, k).to(device), contiguous(o, k).to(device)
@@ -178,7 +179,7 @@ def inject(model, targets, rank, alpha=None, dropout=0.0, *, k=2, hybrid=0):
     """
     Freeze the model, wrap its targets in place. alpha None: 2 rank; k 0: by the rank (§3.4).
     ValueError, before anything is changed, for a bad target or dropout, a rank outside 1..min(in,
-    out), all of it for the hybrid part (k = 1 is LoRA), or a k that does not divide R, in and out.
+    out), a hybrid outside 0..rank - 1 (plain LoRA: k = 1), a k that does not divide R, in and out.
     """
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout}, expected 0 <= dropout < 1")
