@@ -39,7 +39,8 @@ Sizes of a module s re-initialisations later, in our letters:
     trains   r_g (i + o) + r (m + n) <= rank (i + o), LoRA's; equal where 2^s divides i and o (no
              count(): it is not told s). Once L's pair would cost as much as its region, L is dense,
              r_g (i + o) + m n; re-inits leave it, so s, m, n, r and F stay as they then are
-    rank     G + L: at most r_g + r; at full ranks at least |r - r_g|: they may cancel (Prop. 1).
+    rank     G + L: at most r_g + r (L dense: r_g + min(m, n)); at full ranks at least |r - r_g|, as
+             they may cancel (Prop. 1).
              The update since the pretrained weight (what factors() returns; a dense L is m wide in
              it): at most 2 r_g + 2 r_l (2^(s+1) - 1); at rank 8, s = 4: 136 for 3:1, 376 for 1:3
     saved    every lora_ tensor: what trains, the indices, and the fixed factors, F (i + o) numbers,
@@ -97,8 +98,8 @@ def exact_svd(M, take):
     U (n, k), S (k), V (m, k) of M (n, m): its singular triplets at the k positions `take`, where 0
     is the largest. V are eigenvectors of Mᵀ M (a wide M is transposed first), U = M V / S, formed
     for these k alone. In float64, as Mᵀ M has M's condition squared: the vectors at a σ are off by
-    about 2e-16 (σ₁ / σ)², where σ₁ is the largest. It takes 0.6 of the time of torch's SVD in
-    float64, and as long as torch's SVD in float32 (4096², one core).
+    about 2e-16 σ₁² over the gap of the σ², σ₁ the largest. It takes 0.6 of the time of torch's SVD
+    in float64, and as long as torch's SVD in float32 (4096², one core).
     """
     if len(M) < M.shape[1]:
         return exact_svd(M.T, take)[::-1]
