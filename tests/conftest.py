@@ -38,6 +38,16 @@ def smollm2():
     return needed(os.environ.get("SMOLLM2"), "SmolLM2 (variable SMOLLM2)")
 
 
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """Processes that run train.py, forked from one that has torch loaded."""
+    from test_resume import Forks
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.server.stdin.close()
+    forks.server.wait()
+
+
 @pytest.fixture(scope="session")
 def tiny():
     return ROOT / "data" / "tiny"

@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from test_resume import AT_STEP_3, Forks, assert_same_bits, leftovers, tensors
+from test_resume import AT_STEP_3, assert_same_bits, leftovers, tensors
 
 # 10 rows train: of the last batch of an epoch, a single example, the second process has none.
 COMMAND = ["--task", "rows.json", "--max_steps", "20", "--batch_size", "3", "--micro_batch_size", "1",
@@ -30,14 +30,6 @@ os.environ.update(LOCAL_RANK="{rank}", GLOO_SOCKET_IFNAME="lo")
 dist.init_process_group("gloo", init_method="file://{meet}", rank={rank}, world_size=2,
                         timeout=datetime.timedelta(seconds=120))
 """
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.server.stdin.close()
-    forks.server.wait()
 
 
 def start(forks, *args, before=("", "")):

@@ -650,14 +650,6 @@ def test_a_second_derivative_is_refused_not_wrong():
 
 # ---------------------------------------------------------------------- devices, dtypes, what is refused
 
-def test_a_target_is_a_linear_and_no_other_module_of_that_name():
-    model = nn.ModuleDict(dict(a=nn.ModuleDict(dict(proj=nn.Embedding(20, 24))), proj=nn.Linear(20, 24)))
-    gfa.inject(model, ("proj",), 4)
-    assert type(model["a"]["proj"]) is nn.Embedding and type(model["proj"]) is gfa.GFALinear
-    with pytest.raises(ValueError, match="target 'a.proj' matches no nn.Linear"):
-        gfa.inject(nn.ModuleDict(dict(a=model["a"])), ("a.proj",), 4)
-
-
 @pytest.mark.parametrize("sigma", [0.0, -0.02, float("nan")])
 def test_a_sigma_that_is_not_above_0_is_refused(sigma):
     with pytest.raises(ValueError, match=f"sigma {sigma}, expected above 0"):

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import checkpoint
+import presets
 
 load = functools.cache(checkpoint.load_method)
 METHODS = [*sorted(checkpoint.method_files()), *filter(None, [os.environ.get("METHOD")])]
@@ -35,6 +36,7 @@ TARGETS = ("q_proj", "up_proj")
 OTHER = {"glora": {"ratio": "1:3"}}     # another value of a flag that is free text
 INVISIBLE = {}                          # {method: {flag: the test that sees it}}, where a toy cannot show it
 ROUNDED = {"pissa": True, "milora": True}       # factors start in the model's dtype, as forward rounds them
+WIDE = ("dora", "spiel")                # under autocast their output is fp32, as the last product is
 # Part of the loss counts as a constant, so that its gradient is not the whole one: the test that shows that.
 DETACHED = {"dora": "test_dora_is_pefts_in_outputs_and_gradients_and_in_where_its_one_mask_acts"}
 
@@ -541,6 +543,43 @@ def test_a_targeted_name_is_a_leaf_or_a_dotted_suffix(name):
     model = fresh
     method.inject(model, ("dense",), 4)
     assert list(layers(model)) == ["a.dense", "b.dense"], "a target names modules by their leaf"
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_target_is_a_linear_and_no_other_module_of_that_name(name):
+    method, a = load(name), nn.ModuleDict(dict(proj=nn.Embedding(20, 24)))
+    model = nn.ModuleDict(dict(a=a, proj=nn.Linear(20, 24)))
+    method.inject(model, ("proj",), 4)
+    assert list(layers(model)) == ["proj"] and type(model["a"]["proj"]) is nn.Embedding
+    with pytest.raises(ValueError, match="target 'a.proj' matches no nn.Linear"):
+        method.inject(nn.ModuleDict(dict(a=a)), ("a.proj",), 4)
+
+
+@pytest.mark.parametrize("dropout", [1.0, 1.5, -0.1])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_dropout_below_0_or_of_1_is_refused(name, dropout):
+    bounds = f"dropout {dropout}, expected 0 <= dropout < 1"
+    with pytest.raises(ValueError, match=bounds if presets.takes(load(name), dropout=0.5) else "dropout"):
+        inject(name, Toy(), dropout=dropout)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in WIDE])
+def test_under_autocast_the_output_has_its_dtype_bias_and_all(name):
+    model = nn.Sequential(nn.Linear(20, 24))
+    load(name).inject(model, ("0",), 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randn(5, 20)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_factors_are_no_part_of_a_graph(name):
+    model = Toy()
+    method = inject(name, model)
+    try:
+        factors = method.factors(model)
+    except NotImplementedError:
+        return
+    assert factors and not any(f.requires_grad for pair in factors.values() for f in pair)
 
 
 # ------------------------------------------------------------------------------------ flags, counts

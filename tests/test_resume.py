@@ -131,14 +131,6 @@ class Forks:
         return self.end(self.start(*args, **kw))
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.server.stdin.close()
-    forks.server.wait()
-
-
 def tensors(out, adapter="adapter"):
     return load_file(out / adapter / "adapter.safetensors")
 
