@@ -7,7 +7,21 @@ import torch
 from accuracy import STAGES, as_table
 from analyze import draw_map
 from diagnostics import NULLS, algebraic_rank, average, balanced_cut, bicluster, contrast
-from structure import LINE, LONG, above, load, minus, result, rows_of, rows_table, show, text, told, train
+from structure import (
+    LINE,
+    LONG,
+    above,
+    judged,
+    load,
+    minus,
+    result,
+    rows_of,
+    rows_table,
+    show,
+    text,
+    told,
+    train,
+)
 
 CPS = f"--method cps_lora {STAGES['cps_lora']}"
 STAGE = ("eber_cps", "angle_trained", "contrast_trained")
@@ -42,10 +56,8 @@ def gradients(sweep, args):
     a, b = rows[128, 1], rows[128, 8]
     for name, claim in (("as is", "LoRA deviates more"), ("scaled", "LoRA deviates more"),
                         ("outside", "LoRA's step is larger where the outlier is not seen")):
-        difference, half = a[name] - b[name], a["spread"][name] + b["spread"][name]
-        told = "held" if difference > half else "not held" if difference < -half else "cannot be told"
-        verdict.append(dict(claim=f"r = 128, {name}: {claim} than with k = 8", difference=difference,
-                            half=half, seeds=maps.DRAWS, verdict=told))
+        verdict.append(judged(f"r = 128, {name}: {claim} than with k = 8", a[name] - b[name],
+                              a["spread"][name] + b["spread"][name], maps.DRAWS))
     words = [*maps.markdown(found).split("\n"), "± is here the sum of the two spreads over draws.", "",
              *map(LINE.format_map, verdict)]
     return dict(words=words, data=found | dict(verdict=verdict), draw=lambda file: maps.draw(found, file))

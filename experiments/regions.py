@@ -6,12 +6,10 @@ from statistics import fmean
 
 import safetensors.torch
 import torch
-from accuracy import as_table
+from accuracy import STAGES, STEPS, as_table
 from analyze import weights
 from diagnostics import shuffled
 from structure import (
-    STAGES,
-    STEPS,
     above,
     checkpoint,
     load,

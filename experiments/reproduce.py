@@ -22,7 +22,7 @@ import blocks
 import global_order
 import regions
 import structure
-from sweep import ROOT, Sweep
+from sweep import CACHE, ROOT, Sweep
 
 SMALL = dict(
     main=(accuracy.main, "all methods and baselines at LoRA's parameters"),
@@ -134,8 +134,8 @@ def main(argv=None):
     p.add_argument("--model", help="of main: in place of the bundled one, with --task and --data")
     p.add_argument("--task")
     p.add_argument("--data")
-    p.add_argument("--common", help="further flags of train.py for every run")
-    p.add_argument("--cache", default=str(ROOT / "runs" / "sweeps"), help="directory of the runs")
+    p.add_argument("--common", help="flags of every run, --val_rows among them, for accuracy.BUNDLED")
+    p.add_argument("--cache", default=str(CACHE), help="directory of the runs")
     p.add_argument("--out", default=str(ROOT / "experiments" / "results"), help="directory of the results")
     args = p.parse_args(argv)
     try:

@@ -54,9 +54,11 @@ def train(sweep, args, configs, long=()):
 
 
 def load(run):
-    """updates() of a run; what is drawn after it, is drawn from the run's seed."""
+    """updates() of a run, read once; what is drawn after it, is drawn from the run's seed."""
     torch.manual_seed(run["args"]["seed"])
-    return updates(run["directory"], method=run["args"]["method"])
+    if "updates" not in run:
+        run["updates"] = updates(run["directory"], method=run["args"]["method"])
+    return run["updates"]
 
 
 def measured(run, ks=()):
@@ -80,10 +82,13 @@ def minus(a, b):
     return [x - y for x, y in zip(a, b)]        # by seed; the shorter one's
 
 
+def judged(claim, difference, half, seeds):
+    verdict = "held" if difference > half else "not held" if difference < -half else "cannot be told"
+    return dict(claim=claim, difference=difference, half=half, seeds=seeds, verdict=verdict)
+
+
 def told(claim, values):
-    mean, half = interval(values)
-    verdict = "held" if mean - half > 0 else "not held" if mean + half < 0 else "cannot be told"
-    return dict(claim=claim, difference=mean, half=half, seeds=len(values), verdict=verdict)
+    return judged(claim, *interval(values), len(values))
 
 
 def show(values, digits=2):

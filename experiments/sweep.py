@@ -2,7 +2,6 @@
 Many runs of train.py, several at once. A run that has ended is kept by a hash of its flags and of the
 project's files: the same sweep goes on where it was stopped. What --model and --task hold is not hashed.
 """
-import hashlib
 import json
 import os
 import shlex
@@ -13,19 +12,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from files import digest
+
 CACHE = ROOT / "runs" / "sweeps"
 
 
 def sources(root=ROOT):
     """A hash of all that a run of the bundled model depends on."""
-    told, places = hashlib.sha256(), ("*.py", "baselines/*.py", "data/*.py", "data/tiny/*")
-    for file in sorted(file for place in places for file in root.glob(place)):
-        told.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode() + file.read_bytes())
-    return told.hexdigest()
+    places = "*.py", "baselines/*.py", "data/*.py", "data/tiny/*"
+    found = sorted(file for place in places for file in root.glob(place))
+    return digest([str(file.relative_to(root)) for file in found], *found)
 
 
 class Sweep:
-    """sweep([flags, ..]) -> the results in that order: run()'s. jobs at once share the cores."""
+    """sweep([flags, ..]) -> what ended() says of each, in that order. jobs at once share the cores."""
 
     def __init__(self, jobs=2, cache=CACHE):
         self.jobs, self.cache, self.sources = jobs, Path(cache), sources()
@@ -45,7 +46,7 @@ class Sweep:
         return [self.ended(flags) for flags in runs]
 
     def directory(self, flags):
-        return self.cache / hashlib.sha256(f"{self.sources} {flags}".encode()).hexdigest()[:16]
+        return self.cache / digest(self.sources, flags)[:16]
 
     def ended(self, flags):
         """Its args, env, summary, metrics, directory; dict(diverged=why); None where it has not ended."""
