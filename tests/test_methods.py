@@ -36,7 +36,6 @@ TARGETS = ("q_proj", "up_proj")
 OTHER = {"glora": {"ratio": "1:3"}}     # another value of a flag that is free text
 INVISIBLE = {}                          # {method: {flag: the test that sees it}}, where a toy cannot show it
 ROUNDED = {"pissa": True, "milora": True}       # factors start in the model's dtype, as forward rounds them
-WIDE = ("dora", "spiel")                # under autocast their output is fp32, as the last product is
 # Part of the loss counts as a constant, so that its gradient is not the whole one: the test that shows that.
 DETACHED = {"dora": "test_dora_is_pefts_in_outputs_and_gradients_and_in_where_its_one_mask_acts"}
 
@@ -563,7 +562,7 @@ def test_a_dropout_below_0_or_of_1_is_refused(name, dropout):
         inject(name, Toy(), dropout=dropout)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in WIDE])
+@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(load(name), "add_update")])
 def test_under_autocast_the_output_has_its_dtype_bias_and_all(name):
     model = nn.Sequential(nn.Linear(20, 24))
     load(name).inject(model, ("0",), 4)
